@@ -1,0 +1,338 @@
+/* bench: how close a training step of one MoE layer comes to the machine's limits.
+ *
+ *   bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--repeats N] [--json FILE]
+ *
+ * A step is what a host does for each batch except its optimiser: zero_gradients, gate, forward, backward. Useful
+ * flops are those of the experts alone, 4·n·k·d·h forward and 12·n·k·d·h forward + backward; the gate, dispatch,
+ * activation and combine count as lost time. Each figure is the best of its repeats, and each share is against
+ * OpenBLAS's sgemm at 4096^3 on the same threads, timed between the repeats: speeds drift on shared machines. */
+#define _GNU_SOURCE
+#include <cblas.h>
+#include <fastermoe.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+void openblas_set_num_threads(int threads);
+
+#define CHECK(call)                                                                                     \
+  do {                                                                                                  \
+    fmoe_status status_ = (call);                                                                       \
+    if (status_ != FMOE_OK) {                                                                           \
+      fprintf(stderr, "%s: %s: %s\n", #call, fmoe_status_name(status_), fmoe_last_error());             \
+      exit(1);                                                                                          \
+    }                                                                                                   \
+  } while (0)
+
+typedef struct shape {
+  char name;
+  int64_t n, d, h, E;
+  int k;
+} shape;
+static const shape shapes[] = {
+  {'A', 2048, 512, 2048, 8, 2}, {'B', 4096, 1024, 2048, 16, 2}, {'C', 512, 1024, 4096, 64, 2},
+  {'D', 8, 1024, 4096, 8, 2},   {'E', 8192, 256, 512, 32, 1},
+};
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static float *floats(int64_t count) {
+  size_t bytes = ((size_t)count * sizeof(float) + (2u << 20)) & ~(size_t)((2u << 20) - 1);
+  float *p = aligned_alloc(2u << 20, bytes);
+  if (!p) exit(1);
+  madvise(p, bytes, MADV_HUGEPAGE);
+  memset(p, 0, bytes);
+  return p;
+}
+
+static uint64_t state = 1;
+static float uniform(void) { /* [-1, 1) */
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return (float)(state >> 40) * 0x1p-23f - 1;
+}
+
+/* ---- limits -------------------------------------------------------------------------------------------------- */
+#if defined(__AVX512F__)
+typedef float vec __attribute__((vector_size(64)));
+#else
+typedef float vec __attribute__((vector_size(32)));
+#endif
+
+typedef struct probe {
+  pthread_t thread;
+  int core;
+  void *(*run)(void *);
+  const float *from;
+  int64_t count;
+  double result;
+} probe;
+
+static void *fma_loop(void *argument) {
+  probe *p = argument;
+  enum { chains = 12, rounds = 4000000 };
+  vec sum[chains], x = {0}, y = {0};
+  memset(sum, 0, sizeof sum);
+  x += 0.999f, y += (float)p->core; /* unknown to the compiler, which would else drop equal chains */
+  for (int j = 0; j < chains; j++) sum[j] += (float)(j + p->core);
+  for (int i = 0; i < rounds; i++)
+    for (int j = 0; j < chains; j++) sum[j] = sum[j] * x + y;
+  for (int j = 1; j < chains; j++) sum[0] += sum[j];
+  p->result = sum[0][0];
+  return NULL;
+}
+
+static void *read_loop(void *argument) {
+  probe *p = argument;
+  enum { lanes = sizeof(vec) / sizeof(float) };
+  vec sum[8];
+  memset(sum, 0, sizeof sum);
+  const vec *from = (const vec *)p->from;
+  for (int64_t i = 0; i < p->count / lanes; i += 8)
+    for (int j = 0; j < 8; j++) sum[j] += from[i + j];
+  for (int j = 1; j < 8; j++) sum[0] += sum[j];
+  p->result = sum[0][0];
+  return NULL;
+}
+
+static void *pinned(void *argument) {
+  probe *p = argument;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(p->core, &set);
+  sched_setaffinity(0, sizeof set, &set);
+  return p->run(p);
+}
+
+/* Seconds that the slowest of `threads` needs; the best of three. */
+static double timed(void *(*run)(void *), int threads, const float *from, int64_t count) {
+  double best = 1e9;
+  probe probes[64];
+  for (int repeat = 0; repeat < 3; repeat++) {
+    double start = now();
+    for (int i = 0; i < threads; i++) {
+      probes[i] = (probe){0, i, run, from + count / threads * i, count / threads, 0};
+      pthread_create(&probes[i].thread, NULL, pinned, &probes[i]);
+    }
+    for (int i = 0; i < threads; i++) pthread_join(probes[i].thread, NULL);
+    if (now() - start < best) best = now() - start;
+  }
+  return best;
+}
+
+static double fma_peak(int threads) {
+  return threads * 12.0 * 4000000 * 2 * (sizeof(vec) / sizeof(float)) / timed(fma_loop, threads, NULL, 0);
+}
+
+static double read_bandwidth(int threads) {
+  int64_t count = 64 << 20;
+  float *memory = floats(count);
+  double rate = (double)count * sizeof(float) / timed(read_loop, threads, memory, count);
+  free(memory);
+  return rate;
+}
+
+static float *square[3];
+static double sgemm_rate(int threads) {
+  enum { size = 4096 };
+  if (!square[0])
+    for (int m = 0; m < 3; m++) {
+      square[m] = floats((int64_t)size * size);
+      for (int64_t i = 0; i < (int64_t)size * size; i++) square[m][i] = uniform();
+    }
+  openblas_set_num_threads(threads);
+  double start = now();
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, size, size, size, 1, square[0], size, square[1], size, 0,
+              square[2], size);
+  return 2.0 * size * size * size / (now() - start);
+}
+
+/* ---- the layer ----------------------------------------------------------------------------------------------- */
+typedef struct bench {
+  shape s;
+  fmoe_group *group;
+  fmoe_layer *layer;
+  float *x, *y, *dy, *dx;
+  double busiest; /* load of the busiest expert over the mean */
+} bench;
+
+/* Shifts the gate's last column, which meets a token entry of 1, until expert e's load is near share[e]. */
+static void steer(bench *b, const double *share) {
+  fmoe_tensors values = {.struct_size = sizeof values};
+  CHECK(fmoe_layer_values(b->layer, &values));
+  for (int round = 0; round < 60; round++) {
+    fmoe_pass *pass;
+    fmoe_routing routing = {.struct_size = sizeof routing};
+    CHECK(fmoe_gate(b->layer, b->x, b->s.n, &pass));
+    CHECK(fmoe_pass_routing(pass, &routing));
+    b->busiest = 0;
+    for (int64_t e = 0; e < b->s.E; e++) {
+      double load = (double)routing.counts[e] / (double)(b->s.n * b->s.k);
+      if (load * (double)b->s.E > b->busiest) b->busiest = load * (double)b->s.E;
+      values.gate[e * b->s.d + b->s.d - 1] += (float)(0.3 / (1 + 0.2 * round) * log((share[e] + 1e-4) / (load + 1e-4)));
+    }
+    fmoe_pass_destroy(pass);
+  }
+}
+
+static void start(bench *b, shape s, int threads, int zipf) {
+  b->s = s;
+  fmoe_group_options group = {.struct_size = sizeof group, .threads = threads};
+  fmoe_layer_options layer = FMOE_LAYER_OPTIONS_INIT;
+  layer.d_model = s.d, layer.d_hidden = s.h, layer.experts = s.E, layer.top_k = s.k;
+  layer.activation = FMOE_GELU_TANH, layer.seed = 1;
+  CHECK(fmoe_group_create_local(1, &group, &b->group));
+  CHECK(fmoe_layer_create(b->group, &layer, &b->layer));
+  float **arrays[] = {&b->x, &b->y, &b->dy, &b->dx};
+  for (int a = 0; a < 4; a++) {
+    *arrays[a] = floats(s.n * s.d);
+    for (int64_t i = 0; i < s.n * s.d; i++) (*arrays[a])[i] = uniform();
+  }
+  for (int64_t i = 0; i < s.n; i++) b->x[i * s.d + s.d - 1] = 1;
+  double share[64], sum = 0;
+  for (int64_t e = 0; e < s.E; e++) sum += share[e] = zipf ? pow((double)e + 1, -1.2) : 1;
+  for (int64_t e = 0; e < s.E; e++) share[e] /= sum;
+  steer(b, share);
+}
+
+static void stop(bench *b) {
+  fmoe_layer_destroy(b->layer);
+  fmoe_group_destroy(b->group);
+  free(b->x), free(b->y), free(b->dy), free(b->dx);
+}
+
+/* Seconds of one forward alone (gate + forward), or of a training step. */
+static double step(bench *b, int backward) {
+  fmoe_pass *pass;
+  double begin = now();
+  if (backward) CHECK(fmoe_layer_zero_gradients(b->layer));
+  CHECK(fmoe_gate(b->layer, b->x, b->s.n, &pass));
+  CHECK(fmoe_forward(pass, b->y));
+  if (backward) CHECK(fmoe_backward(pass, b->dy, b->dx, NULL));
+  fmoe_pass_destroy(pass);
+  return now() - begin;
+}
+
+/* ---- memory: a process of its own for each shape -------------------------------------------------------------- */
+static double status_kb(const char *field) {
+  FILE *file = fopen("/proc/self/status", "r");
+  char line[256];
+  double kb = 0;
+  while (file && fgets(line, sizeof line, file))
+    if (!strncmp(line, field, strlen(field))) kb = atof(line + strlen(field) + 1);
+  if (file) fclose(file);
+  return kb;
+}
+
+/* Bytes that the library took at most beyond parameters and gradients, over those of what backward needs of a batch:
+ * each slot's input row, pre-activations and output row. */
+static double memory_ratio(shape s, int threads) {
+  int ends[2];
+  double ratio = -1;
+  if (pipe(ends)) return -1;
+  pid_t child = fork();
+  if (child == 0) {
+    bench b;
+    double host = 4.0 * (double)(s.n * s.d) * 4;
+    double before = status_kb("VmRSS:") * 1024;
+    start(&b, s, threads, 0);
+    for (int i = 0; i < 3; i++) step(&b, 1);
+    double parameters = 4.0 * ((double)s.E * (double)(2 * s.d * s.h + s.d + s.h) + (double)(s.E * s.d));
+    double used = status_kb("VmHWM:") * 1024 - before - host - 2 * parameters;
+    ratio = used / (4.0 * (double)(s.n * s.k) * (double)(s.h + 2 * s.d));
+    if (write(ends[1], &ratio, sizeof ratio) < 0) _exit(1);
+    _exit(0);
+  }
+  close(ends[1]);
+  if (read(ends[0], &ratio, sizeof ratio) != sizeof ratio) ratio = -1;
+  close(ends[0]);
+  waitpid(child, NULL, 0);
+  return ratio;
+}
+
+int main(int argc, char **argv) {
+  const char *names = "ABE", *threads_list = NULL, *routings = "balanced,zipf", *json = NULL;
+  int repeats = 9;
+  for (int i = 1; i < argc; i += 2) {
+    const char *value = i + 1 < argc ? argv[i + 1] : NULL;
+    if (value && !strcmp(argv[i], "--shapes")) names = value;
+    else if (value && !strcmp(argv[i], "--threads")) threads_list = value;
+    else if (value && !strcmp(argv[i], "--routing")) routings = value;
+    else if (value && !strcmp(argv[i], "--repeats")) repeats = atoi(value);
+    else if (value && !strcmp(argv[i], "--json")) json = value;
+    else {
+      fprintf(stderr, "usage: bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--repeats N] [--json FILE]\n");
+      return 2;
+    }
+  }
+  char both[16] = "1";
+  long cores = sysconf(_SC_NPROCESSORS_ONLN);
+  if (cores >= 2) strcpy(both, "1,2");
+  if (!threads_list) threads_list = both;
+
+  double memory[8][64];
+  int sizes[8], count = 0;
+  for (const char *p = threads_list; p; p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
+    if (count < 8 && atoi(p) > 0 && atoi(p) <= 64) sizes[count++] = atoi(p);
+  for (int t = 0; t < count; t++) /* before any thread starts here: each forks */
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+      if (strchr(names, shapes[i].name)) memory[t][i] = memory_ratio(shapes[i], sizes[t]);
+
+  FILE *out = json ? fopen(json, "w") : NULL;
+  if (json && !out) return perror(json), 1;
+  if (out) fprintf(out, "{\"limits\": [");
+  printf("limits   threads  FMA GFLOP/s  sgemm 4096^3 GFLOP/s  memory read GB/s\n");
+  for (int t = 0; t < count; t++) {
+    double fma = fma_peak(sizes[t]), blas = sgemm_rate(sizes[t]), read = read_bandwidth(sizes[t]);
+    printf("         %7d  %11.1f  %20.1f  %16.1f\n", sizes[t], fma * 1e-9, blas * 1e-9, read * 1e-9);
+    if (out)
+      fprintf(out, "%s{\"threads\": %d, \"fma\": %.4g, \"sgemm\": %.4g, \"read\": %.4g}", t ? ", " : "", sizes[t], fma, blas, read);
+  }
+  if (out) fprintf(out, "],\n \"rows\": [");
+  printf("\nshape  n     d     h     E   k  routing   max/mean  threads  forward ms  share  step ms  share  sgemm GFLOP/s  memory\n");
+  int rows = 0;
+  for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+    shape s = shapes[i];
+    if (!strchr(names, s.name)) continue;
+    for (int zipf = 0; zipf < 2; zipf++) {
+      if (!strstr(routings, zipf ? "zipf" : "balanced")) continue;
+      for (int t = 0; t < count; t++) {
+        bench b;
+        start(&b, s, sizes[t], zipf);
+        double forward = 1e9, full = 1e9, blas = 0;
+        for (int r = 0; r < repeats; r++) {
+          if (r % 3 == 0) blas = fmax(blas, sgemm_rate(sizes[t]));
+          if (r % 3 == 0) step(&b, 1); /* warms what the sgemm has thrown out */
+          forward = fmin(forward, step(&b, 0));
+          full = fmin(full, step(&b, 1));
+        }
+        stop(&b);
+        double flops = 4.0 * (double)(s.n * s.k) * (double)(s.d * s.h);
+        printf("%-5c  %-5ld %-5ld %-5ld %-3ld %d  %-8s  %8.2f  %7d  %10.2f  %5.3f  %7.2f  %5.3f  %13.1f  %6.2f\n", s.name, (long)s.n,
+               (long)s.d, (long)s.h, (long)s.E, s.k, zipf ? "zipf" : "balanced", b.busiest, sizes[t], forward * 1e3,
+               flops / forward / blas, full * 1e3, 3 * flops / full / blas, blas * 1e-9, memory[t][i]);
+        fflush(stdout);
+        if (out)
+          fprintf(out,
+                  "%s\n  {\"shape\": \"%c\", \"routing\": \"%s\", \"threads\": %d, \"busiest_over_mean\": %.3f, \"forward_seconds\": %.6g, "
+                  "\"step_seconds\": %.6g, \"forward_share\": %.4f, \"step_share\": %.4f, \"sgemm\": %.4g, \"memory_ratio\": %.3f}",
+                  rows++ ? "," : "", s.name, zipf ? "zipf" : "balanced", sizes[t], b.busiest, forward, full, flops / forward / blas,
+                  3 * flops / full / blas, blas, memory[t][i]);
+      }
+    }
+  }
+  if (out) fprintf(out, "\n ]}\n"), fclose(out);
+  printf("\nshare: useful expert flops over time, against sgemm on the same threads. step: zero_gradients, gate, forward, backward.\n"
+         "memory: peak beyond parameters and gradients, over n·k·(h + 2d) floats that backward needs.\n");
+  return 0;
+}

@@ -1,0 +1,85 @@
+# FasterMoE: `make demo` installs what is missing, builds, and trains a model; `make test` runs everything that must pass.
+PREFIX   ?= /usr/local
+DESTDIR  ?=
+VERSION   := $(shell awk '/define FMOE_VERSION_(MAJOR|MINOR|PATCH)/ {v = v s $$3; s = "."} END {print v}' include/fastermoe.h)
+SOVERSION := $(firstword $(subst ., ,$(VERSION)))
+ARCH      := $(shell uname -m)
+
+# The base library runs on every CPU with AVX2 and FMA; the loader prefers the other one where there is AVX-512.
+BASE_CPU  := haswell
+WIDE_CPU  := skylake-avx512
+WIDE_DIR  := glibc-hwcaps/x86-64-v4
+LEVELS    := base $(if $(filter x86_64,$(ARCH)),wide)
+
+OUT       := $(CURDIR)/build
+STAGE     := $(OUT)/prefix
+SWIFT     := swift
+BUILD_FLAGS := -c release --product fastermoe
+LIBRARY   := libfastermoe.so
+BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
+SOURCES   := $(shell find Sources include -type f) Package.swift
+
+.PHONY: all build demo test bench install uninstall examples format lint clean packages-build packages-test packages-bench
+
+all: build
+
+# ---- what the system must have ------------------------------------------------------------------------------------
+APT_BUILD := libhwloc-dev pkg-config gcc g++ libc6-dev
+APT_TEST  := $(APT_BUILD) clang valgrind cmake libopenblas-dev
+APT_BENCH := $(APT_BUILD) libopenblas-dev
+apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+  if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+    as=""; [ "$$(id -u)" = 0 ] || as=sudo; \
+    $$as apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$as apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+packages-build: ; $(call apt,$(APT_BUILD))
+packages-test:  ; $(call apt,$(APT_TEST))
+packages-bench: ; $(call apt,$(APT_BENCH))
+
+# ---- the library --------------------------------------------------------------------------------------------------
+build: packages-build
+	@$(MAKE) --no-print-directory $(BUILT)
+
+$(BUILT): $(SOURCES) Makefile $(wildcard pkgconfig/*.in)
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/base
+	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/wide)
+	$(call place,$(OUT)/lib)
+	@mkdir -p $(OUT)/pkgconfig
+	$(call fill,$(OUT),$(OUT)/lib,$(CURDIR)/include,-Wl$(comma)-rpath$(comma)$${libdir}) pkgconfig/fastermoe.pc.in > $(OUT)/pkgconfig/fastermoe.pc
+	@touch $(BUILT)
+
+comma := ,
+# place DIR: both levels of the library and their links.
+define place
+	install -d $(1) $(if $(filter wide,$(LEVELS)),$(1)/$(WIDE_DIR))
+	install -m 755 -s .build/base/release/$(LIBRARY) $(1)/$(LIBRARY).$(VERSION)
+	ln -sf $(LIBRARY).$(VERSION) $(1)/$(LIBRARY).$(SOVERSION)
+	ln -sf $(LIBRARY).$(SOVERSION) $(1)/$(LIBRARY)
+	$(if $(filter wide,$(LEVELS)),install -m 755 -s .build/wide/release/$(LIBRARY) $(1)/$(WIDE_DIR)/$(LIBRARY).$(VERSION))
+	$(if $(filter wide,$(LEVELS)),ln -sf $(LIBRARY).$(VERSION) $(1)/$(WIDE_DIR)/$(LIBRARY).$(SOVERSION))
+endef
+# fill PREFIX,LIBDIR,INCLUDEDIR,RPATH: a template with its names filled in.
+fill = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@RPATH@ *|$(4) |' \
+  -e 's|@VERSION@|$(VERSION)|' -e 's|@SOVERSION@|$(SOVERSION)|'
+
+HEADERS := fastermoe.h fastermoe.hpp
+CMAKE   := lib/cmake/FasterMoE
+install: build
+	$(call place,$(DESTDIR)$(PREFIX)/lib)
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/$(CMAKE)
+	install -m 644 $(HEADERS:%=include/%) $(DESTDIR)$(PREFIX)/include
+	$(call fill,$(PREFIX),$${prefix}/lib,$${prefix}/include,) pkgconfig/fastermoe.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/fastermoe.pc
+	for f in FasterMoEConfig FasterMoEConfigVersion; do \
+	  $(fill) pkgconfig/$$f.cmake.in > $(DESTDIR)$(PREFIX)/$(CMAKE)/$$f.cmake || exit 1; done
+	@if [ -z "$(DESTDIR)" ] && [ "$$(id -u)" = 0 ] && [ "$(PREFIX)" = /usr/local -o "$(PREFIX)" = /usr ]; then ldconfig; fi
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/lib/$(LIBRARY)* $(DESTDIR)$(PREFIX)/lib/$(WIDE_DIR)/$(LIBRARY)*
+	rm -f $(HEADERS:%=$(DESTDIR)$(PREFIX)/include/%) $(DESTDIR)$(PREFIX)/lib/pkgconfig/fastermoe.pc
+	rm -rf $(DESTDIR)$(PREFIX)/$(CMAKE)
+	-rmdir --ignore-fail-on-non-empty -p $(DESTDIR)$(PREFIX)/lib/$(WIDE_DIR) $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake $(DESTDIR)$(PREFIX)/include 2>/dev/null
+
+stage: build
+	@$(MAKE) --no-print-directory install PREFIX=$(STAGE) >/dev/null
+
+clean:
+	rm -rf .build build

@@ -1,0 +1,112 @@
+import CFasterMoE
+import FasterMoE
+import Glibc
+
+// Where C meets Swift: options of any age in, structs of any age out, failures into a status and a text, handles.
+
+/// Runs one call of the C interface and turns its failure into a status, the text kept for `fmoe_last_error`.
+func answer(_ call: () throws(Failure) -> Void) -> fmoe_status {
+  do throws(Failure) {
+    try call()
+    return FMOE_OK
+  } catch {
+    LastError.set(error.message)
+    return switch error.kind {
+    case .argument: FMOE_ERROR_ARGUMENT
+    case .options: FMOE_ERROR_OPTIONS
+    case .stage: FMOE_ERROR_STAGE
+    case .file: FMOE_ERROR_FILE
+    case .unsupported: FMOE_ERROR_UNSUPPORTED
+    case .memory: FMOE_ERROR_MEMORY
+    case .topology: FMOE_ERROR_TOPOLOGY
+    case .internalDefect: FMOE_ERROR_INTERNAL
+    }
+  }
+}
+
+/// A call that this version does not have.
+func unsupported(_ what: String) -> fmoe_status {
+  answer { () throws(Failure) in throw Failure(.unsupported, "\(what) is not in this version yet") }
+}
+
+/// The text of each thread's latest failure, in memory that the thread's end gives back.
+enum LastError {
+  private static let room = 1024
+  private static let key: pthread_key_t = {
+    var key = pthread_key_t()
+    pthread_key_create(&key) { free($0) }
+    return key
+  }()
+
+  static func set(_ message: String) {
+    guard let text = pthread_getspecific(key) ?? fresh() else { return }
+    _ = message.withCString { strncpy(text.assumingMemoryBound(to: CChar.self), $0, room - 1) }
+  }
+
+  static var text: UnsafePointer<CChar> {
+    pthread_getspecific(key).map { UnsafePointer($0.assumingMemoryBound(to: CChar.self)) } ?? empty
+  }
+
+  private static func fresh() -> UnsafeMutableRawPointer? {
+    guard let text = calloc(1, room) else { return nil }
+    pthread_setspecific(key, text)
+    return text
+  }
+}
+
+/// "" for as long as the process lives.
+private nonisolated(unsafe) let empty: UnsafePointer<CChar> = {
+  let text = UnsafeMutablePointer<CChar>.allocate(capacity: 1)
+  text.initialize(to: 0)
+  return UnsafePointer(text)
+}()
+
+func require<T>(_ pointer: T?, _ name: StaticString) throws(Failure) -> T {
+  guard let pointer else { throw Failure(.argument, "\(name) is NULL") }
+  return pointer
+}
+
+/// Reads a struct that begins with its `struct_size`: what an older, shorter one lacks is zero, and a newer, longer one
+/// must hold zeros where this version knows no fields.
+func readOptions<T>(_ given: UnsafePointer<T>?, _ name: StaticString, smallest: Int, zero: T) throws(Failure) -> T {
+  guard let given else { return zero }
+  let bytes = UnsafeRawPointer(given)
+  let size = Int(bytes.load(as: UInt32.self))
+  guard size >= smallest else {
+    throw Failure(.options, "\(name).struct_size is \(size), less than the \(smallest) bytes of its required fields")
+  }
+  let known = MemoryLayout<T>.size
+  if size > known {
+    for offset in known..<size where bytes.load(fromByteOffset: offset, as: UInt8.self) != 0 {
+      throw Failure(.options, "\(name) has a field at byte \(offset) that this version does not know")
+    }
+  }
+  var options = zero
+  withUnsafeMutableBytes(of: &options) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(size, known))) }
+  return options
+}
+
+/// The room that the caller's struct has by its `struct_size`.
+func room<T>(in given: UnsafeMutablePointer<T>, _ name: StaticString) throws(Failure) -> Int {
+  let size = Int(UnsafeRawPointer(given).load(as: UInt32.self))
+  guard size >= 8 else { throw Failure(.options, "\(name)->struct_size is \(size); set it to sizeof the struct") }
+  return size
+}
+
+/// Fills as much of the caller's struct as it has room for, and says in `struct_size` how much that was.
+func write<T>(_ value: T, to out: UnsafeMutablePointer<T>, room: Int) {
+  let size = min(room, MemoryLayout<T>.size)
+  withUnsafeBytes(of: value) { UnsafeMutableRawPointer(out).copyMemory(from: $0.baseAddress!, byteCount: size) }
+  UnsafeMutableRawPointer(out).storeBytes(of: UInt32(size), as: UInt32.self)
+}
+
+/// A C handle owns one reference to its object.
+func handle(_ object: some AnyObject) -> OpaquePointer { OpaquePointer(Unmanaged.passRetained(object).toOpaque()) }
+
+func object<T: AnyObject>(_ handle: OpaquePointer?, _ name: StaticString, as type: T.Type = T.self) throws(Failure) -> T {
+  Unmanaged<T>.fromOpaque(UnsafeRawPointer(try require(handle, name))).takeUnretainedValue()
+}
+
+func release<T: AnyObject>(_ handle: OpaquePointer, as type: T.Type) {
+  Unmanaged<T>.fromOpaque(UnsafeRawPointer(handle)).release()
+}

@@ -1,0 +1,83 @@
+import CFasterMoE
+import FasterMoE
+
+// The C options structs, read into the library's own types.
+
+func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -> Group.Options {
+  let c = try readOptions(given, "fmoe_group_options", smallest: 8, zero: fmoe_group_options())
+  guard c.threads >= 0 else { throw Failure(.argument, "threads must not be negative, not \(c.threads)") }
+  guard c.bind == 0 || c.bind == 1 else { throw Failure(.options, "bind is 0 or 1, not \(c.bind)") }
+  guard c.reserved == 0 else { throw Failure(.options, "fmoe_group_options.reserved must be 0") }
+  guard c.timeout_seconds >= 0 else { throw Failure(.argument, "timeout_seconds must not be negative, not \(c.timeout_seconds)") }
+  guard c.profile == nil else { throw Failure(.unsupported, "a profile of measured rates is not in this version yet") }
+  var options = Group.Options()
+  options.threads = Int(c.threads)
+  options.pins = c.bind == 0
+  options.topology = c.topology.map { String(cString: $0) }
+  return options
+}
+
+struct LayerOptions {
+  let shape: Shape
+  let losses: RouterLosses
+  let seed: UInt64
+
+  init(_ given: UnsafePointer<fmoe_layer_options>?) throws(Failure) {
+    let required = MemoryLayout<fmoe_layer_options>.offset(of: \.activation)!
+    let c = try readOptions(
+      try require(given, "options"), "fmoe_layer_options", smallest: required, zero: fmoe_layer_options())
+    let activation: Activation
+    switch Int(c.activation) {
+    case FMOE_GELU: activation = .gelu
+    case FMOE_GELU_TANH: activation = .geluTanh
+    case FMOE_RELU: activation = .relu
+    case FMOE_SILU: activation = .silu
+    case FMOE_SWIGLU: activation = .swiglu
+    default: throw Failure(.options, "activation \(c.activation) is none of FMOE_GELU ... FMOE_SWIGLU")
+    }
+    try LayerOptions.checkGate(Int(c.gate))
+    guard c.capacity_factor == 0 else { throw Failure(.options, "capacity_factor is set, but FMOE_GATE_TOPK has no capacity") }
+    guard c.remote_share == 0 else { throw Failure(.options, "remote_share is set, but FMOE_GATE_TOPK limits nothing") }
+    for (loss, name) in [(c.balance_loss, "balance_loss"), (c.z_loss, "z_loss")] where !(loss >= 0 && loss.isFinite) {
+      throw Failure(.argument, "\(name) must be a finite number, 0 or more, not \(loss)")
+    }
+    guard c.top_k >= 0 else { throw Failure(.argument, "top_k must not be negative, not \(c.top_k)") }
+    let experts = Int(c.experts)
+    shape = try Shape(
+      model: Int(c.d_model), hidden: Int(c.d_hidden), experts: experts,
+      choices: c.top_k > 0 ? Int(c.top_k) : max(1, min(2, experts)), activation: activation)
+    losses = RouterLosses(balance: c.balance_loss, z: c.z_loss)
+    seed = c.seed
+  }
+
+  private static func checkGate(_ gate: Int) throws(Failure) {
+    let later = [
+      FMOE_GATE_NOISY: "FMOE_GATE_NOISY", FMOE_GATE_SWITCH: "FMOE_GATE_SWITCH", FMOE_GATE_GSHARD: "FMOE_GATE_GSHARD",
+      FMOE_GATE_BASE: "FMOE_GATE_BASE", FMOE_GATE_TOPOLOGY: "FMOE_GATE_TOPOLOGY",
+      FMOE_GATE_HIERARCHICAL: "FMOE_GATE_HIERARCHICAL",
+    ]
+    if let name = later[gate] { throw Failure(.unsupported, "gate \(name) is not in this version yet") }
+    guard gate == FMOE_GATE_TOPK else { throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL") }
+  }
+}
+
+func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throws(Failure) -> PlanRequest {
+  let c = try readOptions(given, "fmoe_plan_options", smallest: 8, zero: fmoe_plan_options())
+  guard let shadowing = PlanRequest.Shadowing(rawValue: Int(c.shadowing)) else {
+    throw Failure(.options, "shadowing is 0 to 4, not \(c.shadowing)")
+  }
+  guard let schedule = PlanRequest.Schedule(rawValue: Int(c.schedule)) else {
+    throw Failure(.options, "schedule is 0 to 2, not \(c.schedule)")
+  }
+  if shadowing == .given {
+    let shadows = try require(c.shadows, "shadows")
+    for expert in 0..<experts where shadows[expert] > 1 {
+      throw Failure(.argument, "shadows[\(expert)] is 0 or 1, not \(shadows[expert])")
+    }
+  }
+  var request = PlanRequest()
+  request.shadowing = shadowing
+  request.schedule = schedule
+  request.groupSize = Int(c.group_size)
+  return request
+}

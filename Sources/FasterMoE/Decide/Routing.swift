@@ -1,0 +1,100 @@
+/// Who goes where: the choices of a batch, counted and sorted by expert.
+package struct Routing {
+  /// [n, k] expert of each slot, or -1: dropped.
+  package let choices: UnsafeMutablePointer<Int32>
+  /// [n, k]
+  package let weights: UnsafeMutablePointer<Float>
+  /// [E] slots per expert.
+  package let counts: UnsafeMutablePointer<Int64>
+  /// [E + 1] first row of each expert among the sorted rows.
+  package let firstRow: UnsafeMutablePointer<Int>
+  /// [rows] slot (token·k + choice) of each sorted row.
+  package let slots: UnsafeMutablePointer<Int32>
+  /// [n, k] sorted row of each slot, or -1.
+  package let rows: UnsafeMutablePointer<Int32>
+
+  package init(arena: inout Arena, slots count: Int, experts: Int) {
+    choices = arena.take(count)
+    weights = arena.take(count)
+    counts = arena.take(experts)
+    firstRow = arena.take(experts + 1)
+    slots = arena.take(count)
+    rows = arena.take(count)
+  }
+
+  /// Counts and sorts the choices: rows go by expert and, within one, in the order of their slots. O(n·k + E).
+  package func sort(slots count: Int, experts: Int) {
+    counts.update(repeating: 0, count: experts)
+    for slot in 0..<count where choices[slot] >= 0 { counts[Int(choices[slot])] += 1 }
+    var first = 0
+    for expert in 0..<experts {
+      firstRow[expert] = first
+      first += Int(counts[expert])
+    }
+    for slot in 0..<count {
+      let expert = Int(choices[slot])
+      guard expert >= 0 else {
+        rows[slot] = -1
+        continue
+      }
+      let row = firstRow[expert]
+      firstRow[expert] = row + 1
+      slots[row] = Int32(slot)
+      rows[slot] = Int32(row)
+    }
+    // Filling moved each start to its end, which is the next one's start.
+    for expert in stride(from: experts, to: 0, by: -1) { firstRow[expert] = firstRow[expert - 1] }
+    firstRow[0] = 0
+  }
+}
+
+/// Rows of one expert that are computed together.
+package struct Block {
+  package let expert: Int32
+  /// Its first row among all sorted rows, and how many.
+  package let row: Int32
+  package let rows: Int32
+  /// The block of the same expert before this one, or -1: weight gradients add up in that order.
+  package let previous: Int32
+
+  /// Most rows of a block. Weight gradients sum within a block first, so this, not the number of threads, fixes their bits.
+  package static let mostRows = mostPanels * Panels.height
+  private static let mostPanels = 48
+
+  /// Most blocks that `slots` rows over `experts` can make.
+  package static func mostBlocks(slots: Int, experts: Int) -> Int { min(slots, experts) + slots / (mostRows / 3) + 1 }
+
+  /// Cuts every expert's rows into blocks of near-equal size, the largest first so that the last to finish are small.
+  ///
+  /// Blocks of an expert differ by a panel at most and the larger come first, so they keep their order.
+  package static func cut(firstRow: UnsafeMutablePointer<Int>, experts: Int, into blocks: UnsafeMutablePointer<Block>) -> Int {
+    var places = InlineArray<50, Int>(repeating: 0)  // one more than mostPanels + 1
+    func visit(_ body: (_ expert: Int, _ row: Int, _ panels: Int, _ rows: Int, _ isFirst: Bool) -> Void) {
+      for expert in 0..<experts {
+        var row = firstRow[expert]
+        let end = firstRow[expert + 1]
+        let panels = Panels.count(end - row)
+        let parts = (panels + mostPanels - 1) / mostPanels
+        for part in 0..<parts {
+          // The first (panels mod parts) blocks are a panel larger.
+          let high = panels / parts + (part < panels % parts ? 1 : 0)
+          let rows = min(high * Panels.height, end - row)
+          body(expert, row, high, rows, part == 0)
+          row += rows
+        }
+      }
+    }
+    visit { _, _, panels, _, _ in places[mostPanels - panels + 1] += 1 }
+    for size in 1..<places.count { places[size] += places[size - 1] }
+    let count = places[places.count - 1]
+    var previous = -1
+    visit { expert, row, panels, rows, isFirst in
+      let place = places[mostPanels - panels]
+      places[mostPanels - panels] = place + 1
+      blocks[place] = Block(
+        expert: Int32(expert), row: Int32(row), rows: Int32(rows), previous: isFirst ? -1 : Int32(previous))
+      previous = place
+    }
+    return count
+  }
+}

@@ -1,0 +1,29 @@
+/// The sizes of a layer, in the letters of all comments: d, h, E, k.
+package struct Shape: Equatable {
+  package let model: Int
+  package let hidden: Int
+  package let experts: Int
+  package let choices: Int
+  package let activation: Activation
+
+  package init(model: Int, hidden: Int, experts: Int, choices: Int, activation: Activation) throws(Failure) {
+    guard model > 0 else { throw Failure(.argument, "d_model must be positive, not \(model)") }
+    guard hidden > 0 else { throw Failure(.argument, "d_hidden must be positive, not \(hidden)") }
+    guard experts > 0 else { throw Failure(.argument, "experts must be positive, not \(experts)") }
+    guard experts <= Int(Int32.max) else { throw Failure(.argument, "experts must fit 31 bits, not \(experts)") }
+    guard choices > 0 else { throw Failure(.argument, "top_k must be positive, not \(choices)") }
+    guard choices <= experts else { throw Failure(.argument, "top_k is \(choices), but there are only \(experts) experts") }
+    _ = try checkedProduct("experts x d_model x d_hidden", experts, model, hidden)
+    self.model = model
+    self.hidden = hidden
+    self.experts = experts
+    self.choices = choices
+    self.activation = activation
+  }
+
+  /// Matrices of [d, h] or [h, d] in an expert.
+  package var matrices: Int { activation.isGated ? 3 : 2 }
+
+  /// Useful floating-point operations that `rows` rows cost an expert, forward and backward: three products a matrix.
+  package func flops(rows: Int) -> Flops { Flops(Double(rows) * Double(6 * matrices) * Double(model) * Double(hidden)) }
+}

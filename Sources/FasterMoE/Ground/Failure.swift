@@ -1,0 +1,28 @@
+/// Why a call could not be done: who must act, and what is wrong in words.
+package struct Failure: Error, Equatable {
+  /// Whose move it is; the roof translates each to one `fmoe_status`.
+  package enum Kind: Equatable, Sendable {
+    case argument, options, stage, file, unsupported, memory, topology, internalDefect
+  }
+  package let kind: Kind
+  package let message: String
+
+  package init(_ kind: Kind, _ message: String) {
+    self.kind = kind
+    self.message = message
+  }
+}
+
+/// The product of sizes that came from outside, or a failure that names what is too large.
+package func checkedProduct(_ what: StaticString, _ factors: Int...) throws(Failure) -> Int {
+  var product = 1
+  for factor in factors {
+    let (value, overflow) = product.multipliedReportingOverflow(by: factor)
+    if overflow || value > maximumElements { throw Failure(.argument, "\(what) is too large for this machine") }
+    product = value
+  }
+  return product
+}
+
+/// More elements than any address space here holds; sums of a few such counts still fit an Int.
+private let maximumElements = 1 << 45

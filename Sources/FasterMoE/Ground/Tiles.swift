@@ -1,0 +1,171 @@
+/// The inner loops of all products: small tiles of the result that stay in registers from the first term to the last.
+///
+/// Every element is one chain of fused multiply-adds in the order of its terms, whatever the tile's shape. So how rows
+/// and columns are cut, and for how many threads, never changes a bit of the result.
+package enum Tiles {
+  /// Room that the largest tile of any kernel takes.
+  static let floats = max(Panels.height * Strip.width, outerRows * outerBlocks * 16)
+
+  /// tile [high, 32] = panel [high, depth] · strip [depth, 32].
+  @inline(__always)
+  static func product(
+    panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int, into tile: UnsafeMutablePointer<Float>
+  ) {
+    #if WIDE_VECTORS
+      // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
+      switch high {
+      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile)
+      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile)
+      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile)
+      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile)
+      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile)
+      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile)
+      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile)
+      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile)
+      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile)
+      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile)
+      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile)
+      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile)
+      }
+    #else
+      // 6 rows of two 8-float registers each are 12 sums of the 16 registers.
+      var row = 0
+      while row < high {
+        let a = panel + (row &* 16)
+        let c = tile + (row &* 32)
+        switch high &- row {
+        case 6...: narrow(ProductTile<6, 1>.self, a, high, strip, depth, c)
+        case 5: narrow(ProductTile<5, 1>.self, a, high, strip, depth, c)
+        case 4: narrow(ProductTile<4, 1>.self, a, high, strip, depth, c)
+        case 3: narrow(ProductTile<3, 1>.self, a, high, strip, depth, c)
+        case 2: narrow(ProductTile<2, 1>.self, a, high, strip, depth, c)
+        default: narrow(ProductTile<1, 1>.self, a, high, strip, depth, c)
+        }
+        row &+= 6
+      }
+    #endif
+  }
+
+  #if !WIDE_VECTORS
+    @inline(__always)
+    private static func narrow<let M: Int>(
+      _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
+      _ tile: UnsafeMutablePointer<Float>
+    ) {
+      ProductTile<M, 1>.run(panel, high, strip, depth, tile)
+      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16)
+    }
+  #endif
+
+  #if WIDE_VECTORS
+    /// Rows and column blocks of a tile of `outer`: 8 × 3 sums, three columns and a broadcast.
+    static let outerRows = 8, outerBlocks = 3
+  #else
+    static let outerRows = 4, outerBlocks = 1
+  #endif
+
+  /// tile [outerRows, blocks·16] = Σ over `rows` of left[row, from..<from + outerRows]ᵀ · right[row, blocks].
+  ///
+  /// Both factors are panels of the same rows; `from` is a column of `left`, a multiple of outerRows, `block` one of
+  /// `right`'s blocks, of which `blocks` (1...outerBlocks) are taken.
+  @inline(__always)
+  static func outer(
+    _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int,
+    into tile: UnsafeMutablePointer<Float>
+  ) {
+    #if WIDE_VECTORS
+      switch blocks {
+      case 3: OuterTile<8, 3>.run(left, column, right, block, rows, tile)
+      case 2: OuterTile<8, 2>.run(left, column, right, block, rows, tile)
+      default: OuterTile<8, 1>.run(left, column, right, block, rows, tile)
+      }
+    #else
+      OuterTile<4, 1>.run(left, column, right, block, rows, tile)
+    #endif
+  }
+}
+
+/// M rows × N vectors of a product's result; `tile` has rows of 32.
+///
+/// Each vector column of sums is an array of its own: that is what the optimiser turns into registers.
+private enum ProductTile<let M: Int, let N: Int> {
+  @inline(never)
+  static func run(
+    _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
+    _ tile: UnsafeMutablePointer<Float>
+  ) {
+    var sums0 = InlineArray<M, Vector>(repeating: .zero)
+    var sums1 = InlineArray<M, Vector>(repeating: .zero)
+    var a = panel
+    var b = strip
+    for _ in 0..<depth / 16 {
+      var k = 0
+      while k < 16 {
+        let b0 = b.vector()
+        let b1 = N > 1 ? b.vector(at: 16) : .zero
+        b += 32
+        for i in 0..<M {
+          let x = Vector(repeating: a[k &+ i &* 16])
+          sums0[unchecked: i].addProduct(x, b0)
+          if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
+        }
+        k &+= 1
+      }
+      a += high &* 16
+    }
+    var k = 0
+    while k < depth % 16 {
+      let b0 = b.vector()
+      let b1 = N > 1 ? b.vector(at: 16) : .zero
+      b += 32
+      for i in 0..<M {
+        let x = Vector(repeating: a[k &+ i &* 16])
+        sums0[unchecked: i].addProduct(x, b0)
+        if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
+      }
+      k &+= 1
+    }
+    for i in 0..<M {
+      tile.store(sums0[unchecked: i], at: i &* 32)
+      if N > 1 { tile.store(sums1[unchecked: i], at: i &* 32 &+ 16) }
+    }
+  }
+}
+
+/// M columns of `left` × N blocks of `right`, summed over rows; `tile` has rows of N·16.
+private enum OuterTile<let M: Int, let N: Int> {
+  @inline(never)
+  static func run(
+    _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ tile: UnsafeMutablePointer<Float>
+  ) {
+    var sums0 = InlineArray<M, Vector>(repeating: .zero)
+    var sums1 = InlineArray<M, Vector>(repeating: .zero)
+    var sums2 = InlineArray<M, Vector>(repeating: .zero)
+    var first = 0
+    while first < rows {
+      let high = min(Panels.height, rows &- first)
+      let size = high &* 16
+      var a = UnsafePointer(left.panel(first)) + ((column / 16) &* size &+ column % 16)
+      var b = UnsafePointer(right.panel(first)) + (block &* size)
+      for _ in 0..<high {
+        let b0 = b.vector()
+        let b1 = N > 1 ? b.vector(at: size) : .zero
+        let b2 = N > 2 ? b.vector(at: 2 &* size) : .zero
+        for i in 0..<M {
+          let x = Vector(repeating: a[i])
+          sums0[unchecked: i].addProduct(x, b0)
+          if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
+          if N > 2 { sums2[unchecked: i].addProduct(x, b2) }
+        }
+        a += 16
+        b += 16
+      }
+      first &+= high
+    }
+    for i in 0..<M {
+      tile.store(sums0[unchecked: i], at: i &* N &* 16)
+      if N > 1 { tile.store(sums1[unchecked: i], at: (i &* N &+ 1) &* 16) }
+      if N > 2 { tile.store(sums2[unchecked: i], at: (i &* N &+ 2) &* 16) }
+    }
+  }
+}

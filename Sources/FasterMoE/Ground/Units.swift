@@ -1,0 +1,24 @@
+/// A span of time.
+package struct Seconds: Comparable, Sendable {
+  package var value: Double
+  package init(_ value: Double) { self.value = value }
+  package static func < (a: Seconds, b: Seconds) -> Bool { a.value < b.value }
+  package static func + (a: Seconds, b: Seconds) -> Seconds { Seconds(a.value + b.value) }
+}
+
+/// An amount of floating-point work.
+package struct Flops: Comparable, Sendable {
+  package var value: Double
+  package init(_ value: Double) { self.value = value }
+  package static func < (a: Flops, b: Flops) -> Bool { a.value < b.value }
+  package static func + (a: Flops, b: Flops) -> Flops { Flops(a.value + b.value) }
+  package static func / (work: Flops, time: Seconds) -> FlopRate { FlopRate(work.value / time.value) }
+  package static func / (work: Flops, rate: FlopRate) -> Seconds { Seconds(work.value / rate.value) }
+}
+
+/// Floating-point work per second.
+package struct FlopRate: Comparable, Sendable {
+  package var value: Double
+  package init(_ value: Double) { self.value = value }
+  package static func < (a: FlopRate, b: FlopRate) -> Bool { a.value < b.value }
+}

@@ -1,0 +1,397 @@
+import Synchronization
+
+/// The experts' work: rows in, rows out, and the same way back.
+extension PassContext {
+  // MARK: Forward
+
+  /// y_i = Σ_j s_ij · expert_ij(x_i).
+  func forward(blocks: Int, output: UnsafeMutablePointer<Float>) {
+    let parts = rowTasks(blocks)
+    while case let task = team.take(), task < blocks * parts {
+      let block = store.blocks[task / parts]
+      let rows = cut(block, task % parts, of: parts)
+      if !rows.isEmpty { forward(block, rows) }
+    }
+    team.barrier()
+    forEachToken { token in
+      for column in stride(from: 0, to: shape.model, by: 16) {
+        let width = min(16, shape.model - column)
+        output.store(sumOfRows(token, column, width, weighted: true), at: token * shape.model + column, first: width)
+      }
+    }
+  }
+
+  /// Some rows of a block through its expert.
+  private func forward(_ block: Block, _ rows: Range<Int>) {
+    let (d, h) = (shape.model, shape.hidden)
+    let expert = layer.expert(block)
+    let slot = workspace.slot(thread)
+    let first = Int(block.row) + rows.lowerBound
+    slot.tokens.fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
+    for column in stride(from: 0, to: h, by: Strip.width) {
+      Strip.rows(of: expert.inward, depth: d, from: column, limit: h, into: desk.strip)
+      if let linear = expert.inwardLinear {
+        Strip.rows(of: linear, depth: d, from: column, limit: h, into: desk.secondStrip)
+      }
+      Panels.forEach(rows: rows.count) { row, high in
+        Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.strip, depth: d, into: desk.tile)
+        if shape.activation.isGated {
+          Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.secondStrip, depth: d, into: desk.secondTile)
+        }
+        let tile = HiddenTile(
+          column: column, high: high, inner: store.inner.panel(first + row), innerLinear: store.innerLinear.panel(first + row),
+          hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+        switch shape.activation {
+        case .gelu: tile.activate(Gelu.self, desk, bias: expert.inwardBias!, h)
+        case .geluTanh: tile.activate(GeluTanh.self, desk, bias: expert.inwardBias!, h)
+        case .relu: tile.activate(Relu.self, desk, bias: expert.inwardBias!, h)
+        case .silu: tile.activate(Silu.self, desk, bias: expert.inwardBias!, h)
+        case .swiglu: tile.activateGated(desk)
+        }
+      }
+    }
+    for column in stride(from: 0, to: d, by: Strip.width) {
+      Strip.rows(of: expert.outward, depth: h, from: column, limit: d, into: desk.strip)
+      Panels.forEach(rows: rows.count) { row, high in
+        Tiles.product(panel: slot.hidden.panel(row), high: high, strip: desk.strip, depth: h, into: desk.tile)
+        storeRows(first + row, high, column, bias: expert.outwardBias, adding: nil)
+      }
+    }
+  }
+
+  // MARK: Backward
+
+  /// Gradients of rows, weights and routing weights; then grad_tokens, through the gate if it chose.
+  ///
+  /// Blocks go in order. Each has tasks that make its rows' gradients and, `ahead` blocks later, tasks that make its
+  /// weights' gradients from them. Tasks are taken in one order, so whoever waits, waits for a task already under way.
+  func backward(
+    blocks: Int, gradOutput: UnsafePointer<Float>, gradTokens: UnsafeMutablePointer<Float>, throughGate: Bool
+  ) {
+    let rowTasks = rowTasks(blocks)
+    let weightTasks = self.weightTasks
+    let ahead = workspace.slots - 2
+    let perBlock = rowTasks + weightTasks
+    while case let task = team.take(), task < (blocks + ahead) * perBlock {
+      let (round, part) = task.quotientAndRemainder(dividingBy: perBlock)
+      if part < rowTasks {
+        guard round < blocks else { continue }
+        if round >= workspace.slots { wait(for: store.weightTasksDone + (round - workspace.slots), weightTasks) }
+        let rows = cut(store.blocks[round], part, of: rowTasks)
+        if !rows.isEmpty { backward(round, rows, gradOutput) }
+        store.rowTasksDone[round].wrappingAdd(1, ordering: .releasing)
+      } else {
+        let index = round - ahead
+        guard index >= 0 else { continue }
+        let block = store.blocks[index]
+        wait(for: store.rowTasksDone + index, rowTasks)
+        if block.previous >= 0 { wait(for: store.weightTasksDone + Int(block.previous), weightTasks) }
+        addWeightGradients(index, part - rowTasks)
+        store.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
+      }
+    }
+    team.barrier()
+    if throughGate {
+      backwardThroughGate(into: gradTokens)
+    } else {
+      forEachToken { token in
+        for column in stride(from: 0, to: shape.model, by: 16) {
+          let width = min(16, shape.model - column)
+          gradTokens.store(sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
+        }
+        // Dropped slots have no row that would write theirs.
+        for choice in 0..<shape.choices where store.routing.rows[token * shape.choices + choice] < 0 {
+          store.gradWeights[token * shape.choices + choice] = 0
+        }
+      }
+    }
+  }
+
+  /// Some rows of a block backwards: gradients of their pre-activations, inputs and routing weights.
+  private func backward(_ index: Int, _ rows: Range<Int>, _ gradOutput: UnsafePointer<Float>) {
+    let (d, h) = (shape.model, shape.hidden)
+    let block = store.blocks[index]
+    let expert = layer.expert(block)
+    let slot = workspace.slot(index)
+    let first = Int(block.row) + rows.lowerBound
+    let scales = slot.scales + rows.lowerBound
+    slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
+    slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradOutput + token(ofRow: first + $0) * d }
+    for row in 0..<rows.count { scales[row] = store.routing.weights[Int(store.routing.slots[first + row])] }
+    desk.rowSums.update(repeating: 0, count: rows.count * 16)
+    for column in stride(from: 0, to: h, by: Strip.width) {
+      Strip.columns(of: expert.outward, stride: h, depth: d, from: column, limit: h, into: desk.strip)
+      Panels.forEach(rows: rows.count) { row, high in
+        Tiles.product(
+          panel: slot.grads.panel(rows.lowerBound + row), high: high, strip: desk.strip, depth: d, into: desk.tile)
+        let tile = HiddenTile(
+          column: column, high: high, inner: store.inner.panel(first + row), innerLinear: store.innerLinear.panel(first + row),
+          hidden: slot.hidden.panel(rows.lowerBound + row), blocks: slot.hidden.blocks)
+        let sums = desk.rowSums + row * 16
+        switch shape.activation {
+        case .gelu: tile.deactivate(Gelu.self, desk, scales + row, sums)
+        case .geluTanh: tile.deactivate(GeluTanh.self, desk, scales + row, sums)
+        case .relu: tile.deactivate(Relu.self, desk, scales + row, sums)
+        case .silu: tile.deactivate(Silu.self, desk, scales + row, sums)
+        case .swiglu: tile.deactivateGated(desk, scales + row, sums)
+        }
+      }
+    }
+    for column in stride(from: 0, to: d, by: Strip.width) {
+      Strip.columns(of: expert.inward, stride: d, depth: h, from: column, limit: d, into: desk.strip)
+      if let linear = expert.inwardLinear {
+        Strip.columns(of: linear, stride: d, depth: h, from: column, limit: d, into: desk.secondStrip)
+      }
+      Panels.forEach(rows: rows.count) { row, high in
+        Tiles.product(panel: store.inner.panel(first + row), high: high, strip: desk.strip, depth: h, into: desk.tile)
+        if shape.activation.isGated {
+          Tiles.product(
+            panel: store.innerLinear.panel(first + row), high: high, strip: desk.secondStrip, depth: h, into: desk.secondTile)
+        }
+        storeRows(first + row, high, column, bias: nil, adding: shape.activation.isGated ? desk.secondTile : nil)
+      }
+    }
+    // ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
+    for row in 0..<rows.count {
+      let slotOfRow = Int(store.routing.slots[first + row])
+      var sum = desk.rowSums.vector(at: row * 16)
+      if let bias = expert.outwardBias {
+        let grad = gradOutput + token(ofRow: first + row) * d
+        for column in stride(from: 0, to: d, by: 16) {
+          let width = min(16, d - column)
+          sum.addProduct(grad.vector(at: column, first: width), UnsafePointer(bias).vector(at: column, first: width))
+        }
+      }
+      store.gradWeights[slotOfRow] = sum.sum()
+    }
+  }
+
+  // MARK: Weight gradients
+
+  /// Tasks that make one block's weight gradients; each takes `columnsPerTask` rows of one matrix.
+  private var weightTasks: Int {
+    pieces(shape.model) + pieces(shape.hidden) * (shape.activation.isGated ? 2 : 1)
+  }
+  private static var columnsPerTask: Int { 128 }
+  private func pieces(_ width: Int) -> Int { (width + PassContext.columnsPerTask - 1) / PassContext.columnsPerTask }
+
+  /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums.
+  private func addWeightGradients(_ index: Int, _ part: Int) {
+    let (d, h) = (shape.model, shape.hidden)
+    let block = store.blocks[index]
+    let grads = layer.expertGradients(block)
+    let slot = workspace.slot(index)
+    let rows = Int(block.rows)
+    func range(_ piece: Int, _ width: Int) -> Range<Int> {
+      piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
+    }
+    if part < pieces(d) {
+      let outputs = range(part, d)
+      addOuter(slot.grads, outputs, slot.hidden, rows: rows, to: grads.outward, stride: h)
+      if let bias = grads.outwardBias { addSums(slot.grads, outputs, rows: rows, scales: slot.scales, to: bias) }
+    } else {
+      let (matrix, piece) = (part - pieces(d)).quotientAndRemainder(dividingBy: pieces(h))
+      let inner = (matrix == 0 ? store.inner : store.innerLinear).from(Int(block.row))
+      let units = range(piece, h)
+      addOuter(inner, units, slot.tokens, rows: rows, to: matrix == 0 ? grads.inward : grads.inwardLinear!, stride: d)
+      if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, to: bias) }
+    }
+  }
+
+  /// gradient [left width, stride] += leftᵀ·right over `rows`, for the columns of `left` in `range`.
+  func addOuter(
+    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, to gradient: UnsafeMutablePointer<Float>, stride: Int
+  ) {
+    // The right blocks of one round stay in the first caches while the left columns stream by.
+    var block = 0
+    while block < right.blocks {
+      let blocks = min(Tiles.outerBlocks, right.blocks - block)
+      var column = range.lowerBound
+      while column < range.upperBound {
+        Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
+        for i in 0..<min(Tiles.outerRows, range.upperBound - column) {
+          let row = gradient + (column + i) * stride
+          for j in 0..<blocks {
+            let at = (block + j) * 16
+            let width = min(16, right.width - at)
+            let sum = row.vector(at: at, first: width) + desk.tile.vector(at: (i * blocks + j) * 16)
+            row.store(sum, at: at, first: width)
+          }
+        }
+        column += Tiles.outerRows
+      }
+      block += blocks
+    }
+  }
+
+  /// sums [width] += Σ over `rows` of the columns in `range`, each row times its scale.
+  private func addSums(
+    _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?, to sums: UnsafeMutablePointer<Float>
+  ) {
+    for column in stride(from: range.lowerBound, to: range.upperBound, by: 16) {
+      var sum = Vector.zero
+      Panels.forEach(rows: rows) { first, high in
+        let at = panels.panel(first) + column * high
+        for i in 0..<high {
+          if let scales { sum.addProduct(at.vector(at: i * 16), Vector(repeating: scales[first + i])) } else { sum += at.vector(at: i * 16) }
+        }
+      }
+      let width = min(16, panels.width - column)
+      sums.store(sums.vector(at: column, first: width) + sum, at: column, first: width)
+    }
+  }
+
+  // MARK: Rows
+
+  /// Into how many tasks a block's rows are cut: few, since each task packs the expert's weights again.
+  private func rowTasks(_ blocks: Int) -> Int {
+    team.threads == 1 || blocks == 0 ? 1 : max(1, (4 * team.threads + blocks - 1) / blocks)
+  }
+
+  /// Rows of part `part` of `block`, whole panels except at its end.
+  private func cut(_ block: Block, _ part: Int, of parts: Int) -> Range<Int> {
+    let panels = Panels.count(Int(block.rows))
+    let low = panels * part / parts * Panels.height
+    let high = min(Int(block.rows), panels * (part + 1) / parts * Panels.height)
+    return low..<max(low, high)
+  }
+
+  @inline(__always) private func token(ofRow row: Int) -> Int { Int(store.routing.slots[row]) / shape.choices }
+
+  private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int) {
+    team.wait { done.pointee.load(ordering: .acquiring) == tasks }
+  }
+
+  /// Writes a tile of `product` as rows of [R, d], plus a bias or another tile.
+  @inline(__always)
+  private func storeRows(
+    _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?, adding second: UnsafeMutablePointer<Float>?
+  ) {
+    for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
+      let width = min(16, shape.model - half)
+      let added = bias?.vector(at: half, first: width) ?? .zero
+      for i in 0..<high {
+        let at = i * Strip.width + half - column
+        let sum = desk.tile.vector(at: at) + (second?.vector(at: at) ?? added)
+        store.rows.store(sum, at: (first + i) * shape.model + half, first: width)
+      }
+    }
+  }
+
+  /// Σ_j of a token's rows in [R, d], in the order of its choices, each times its weight if `weighted`; 16 columns.
+  @inline(__always)
+  func sumOfRows(_ token: Int, _ column: Int, _ width: Int, weighted: Bool) -> Vector {
+    var sum = Vector.zero
+    for slot in token * shape.choices..<(token + 1) * shape.choices {
+      let row = Int(store.routing.rows[slot])
+      guard row >= 0 else { continue }
+      let values = store.rows.vector(at: row * shape.model + column, first: width)
+      if weighted { sum.addProduct(values, Vector(repeating: store.routing.weights[slot])) } else { sum += values }
+    }
+    return sum
+  }
+
+  /// Shares all tokens among the threads.
+  @inline(__always)
+  private func forEachToken(_ body: (Int) -> Void) {
+    let piece = 64
+    while case let first = team.take() * piece, first < count {
+      for token in first..<min(first + piece, count) { body(token) }
+    }
+  }
+}
+
+extension UnsafeMutablePointer<Float> {
+  @inline(__always) func vector(at offset: Int, first count: Int) -> Vector { UnsafePointer(self).vector(at: offset, first: count) }
+}
+
+/// Where 32 columns of hidden units of one panel stand, before and after the activation.
+private struct HiddenTile {
+  let column: Int
+  let high: Int
+  let inner: UnsafeMutablePointer<Float>
+  let innerLinear: UnsafeMutablePointer<Float>
+  let hidden: UnsafeMutablePointer<Float>
+  let blocks: Int
+
+  /// Calls `body` with each 16-unit piece of each row: its place in the tile, in the panels, and its row.
+  @inline(__always)
+  private func forEach(_ body: (_ inTile: Int, _ inPanel: Int, _ row: Int) -> Void) {
+    for half in 0..<2 where column / 16 + half < blocks {
+      let block = (column / 16 + half) &* high &* 16
+      for i in 0..<high { body(i &* Strip.width &+ half &* 16, block &+ i &* 16, i) }
+    }
+  }
+
+  /// u = tile + b1 is kept, a = f(u) goes on.
+  @inline(__always)
+  func activate<F: Nonlinearity>(_: F.Type, _ desk: Workspace.Desk, bias: UnsafeMutablePointer<Float>, _ h: Int) {
+    for half in 0..<2 where column / 16 + half < blocks {
+      let added = bias.vector(at: column + half * 16, first: min(16, h - column - half * 16))
+      let block = (column / 16 + half) &* high &* 16
+      for i in 0..<high {
+        let u = desk.tile.vector(at: i &* Strip.width &+ half &* 16) + added
+        inner.store(u, at: block &+ i &* 16)
+        hidden.store(F.value(u), at: block &+ i &* 16)
+      }
+    }
+  }
+
+  /// a = silu(tile) ⊙ second tile.
+  func activateGated(_ desk: Workspace.Desk) {
+    forEach { tile, panel, _ in
+      let (u, v) = (desk.tile.vector(at: tile), desk.secondTile.vector(at: tile))
+      inner.store(u, at: panel)
+      innerLinear.store(v, at: panel)
+      hidden.store(Silu.value(u) * v, at: panel)
+    }
+  }
+
+  /// With g = dy·W2 in the tile: sums += g ⊙ a, hidden = s·a, du = s·g ⊙ f'(u) in the place of u.
+  @inline(__always)
+  func deactivate<F: Nonlinearity>(
+    _: F.Type, _ desk: Workspace.Desk, _ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>
+  ) {
+    forEach { tile, panel, row in
+      let g = desk.tile.vector(at: tile)
+      let (a, slope) = F.valueAndSlope(inner.vector(at: panel))
+      let s = Vector(repeating: scales[row])
+      sums.store(sums.vector(at: row &* 16).addingProduct(g, a), at: row &* 16)
+      hidden.store(a * s, at: panel)
+      inner.store(g * s * slope, at: panel)
+    }
+  }
+
+  func deactivateGated(_ desk: Workspace.Desk, _ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>) {
+    forEach { tile, panel, row in
+      let g = desk.tile.vector(at: tile)
+      let (a, slope) = Silu.valueAndSlope(inner.vector(at: panel))
+      let v = innerLinear.vector(at: panel)
+      let s = Vector(repeating: scales[row])
+      sums.store(sums.vector(at: row &* 16).addingProduct(g, a * v), at: row &* 16)
+      hidden.store(a * v * s, at: panel)
+      inner.store(g * s * v * slope, at: panel)
+      innerLinear.store(g * s * a, at: panel)
+    }
+  }
+}
+
+/// One expert's tensors.
+struct ExpertTensors {
+  let inward, outward: UnsafeMutablePointer<Float>
+  let inwardLinear, inwardBias, outwardBias: UnsafeMutablePointer<Float>?
+
+  init(_ block: borrowing Parameters, _ expert: Int, _ shape: Shape) {
+    let matrix = expert * shape.model * shape.hidden
+    inward = block.inward + matrix
+    outward = block.outward + matrix
+    inwardLinear = block.inwardLinear.map { $0 + matrix }
+    inwardBias = block.inwardBias.map { $0 + expert * shape.hidden }
+    outwardBias = block.outwardBias.map { $0 + expert * shape.model }
+  }
+}
+
+extension Layer {
+  fileprivate func expert(_ block: Block) -> ExpertTensors { ExpertTensors(values, Int(block.expert), shape) }
+  fileprivate func expertGradients(_ block: Block) -> ExpertTensors { ExpertTensors(gradients, Int(block.expert), shape) }
+}

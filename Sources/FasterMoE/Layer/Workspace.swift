@@ -1,0 +1,91 @@
+/// The memory in which a layer's calls compute: a desk for each thread and slots for the blocks under way.
+///
+/// Nothing in it outlives a call, so all layers of a group share one. Pages that no batch ever needs are never touched.
+struct Workspace {
+  /// One thread's own scratch.
+  struct Desk {
+    /// A result tile of any kernel.
+    let tile: UnsafeMutablePointer<Float>
+    let secondTile: UnsafeMutablePointer<Float>
+    /// Packed columns of a weight matrix [depth, 32]; the second for gated experts.
+    let strip: UnsafeMutablePointer<Float>
+    let secondStrip: UnsafeMutablePointer<Float>
+    /// Token rows on their way through the gate [gateRows, d].
+    let tokens: Panels
+    /// Some columns of token rows [gateRows, gateColumns].
+    let columns: Panels
+    /// One token's logits, probabilities and gradients, each [E, padded].
+    let logits: UnsafeMutablePointer<Float>
+    let probabilities: UnsafeMutablePointer<Float>
+    let gradLogits: UnsafeMutablePointer<Float>
+    /// 16 partial sums for each row of a block.
+    let rowSums: UnsafeMutablePointer<Float>
+  }
+
+  /// What the tasks of one block share.
+  struct Slot {
+    /// x and dy of the block's rows [rows, d].
+    let tokens: Panels
+    let grads: Panels
+    /// The hidden activations [rows, h]; in backward each row times its routing weight.
+    let hidden: Panels
+    /// The routing weight of each row.
+    let scales: UnsafeMutablePointer<Float>
+  }
+
+  /// Rows and columns of tokens that a gate task takes at a time; sums over tokens go by these rows, for any threads.
+  static let gateRows = 20 * Panels.height
+  static let gateColumns = 48
+
+  private let shape: Shape
+  private let base: UnsafeMutableRawPointer?
+  private let deskBytes: Int
+  private let slotBytes: Int
+  private let threads: Int
+  /// Blocks that may be under way at once.
+  let slots: Int
+
+  init(_ shape: Shape, threads: Int, over base: UnsafeMutableRawPointer? = nil) {
+    self.shape = shape
+    self.threads = threads
+    self.base = base
+    slots = threads + 1
+    var arena = Arena()
+    _ = Workspace.desk(shape, &arena)
+    deskBytes = arena.bytes
+    arena = Arena()
+    _ = Workspace.slot(shape, &arena)
+    slotBytes = arena.bytes
+  }
+
+  var bytes: Int { threads * deskBytes + slots * slotBytes }
+
+  func desk(_ thread: Int) -> Desk {
+    var arena = Arena(over: base! + thread * deskBytes)
+    return Workspace.desk(shape, &arena)
+  }
+
+  func slot(_ index: Int) -> Slot {
+    var arena = Arena(over: base! + threads * deskBytes + index % slots * slotBytes)
+    return Workspace.slot(shape, &arena)
+  }
+
+  private static func desk(_ shape: Shape, _ arena: inout Arena) -> Desk {
+    let experts = Panels.padded(shape.experts)
+    let strip = max(shape.model, shape.hidden, shape.experts) * Strip.width
+    return Desk(
+      tile: arena.take(Tiles.floats), secondTile: arena.take(Tiles.floats), strip: arena.take(strip),
+      secondStrip: arena.take(strip),
+      tokens: Panels(arena.take(gateRows * Panels.padded(shape.model)), width: shape.model),
+      columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), logits: arena.take(experts),
+      probabilities: arena.take(experts), gradLogits: arena.take(experts), rowSums: arena.take(Block.mostRows * 16))
+  }
+
+  private static func slot(_ shape: Shape, _ arena: inout Arena) -> Slot {
+    let model = Block.mostRows * Panels.padded(shape.model)
+    return Slot(
+      tokens: Panels(arena.take(model), width: shape.model), grads: Panels(arena.take(model), width: shape.model),
+      hidden: Panels(arena.take(Block.mostRows * Panels.padded(shape.hidden)), width: shape.hidden),
+      scales: arena.take(Block.mostRows))
+  }
+}

@@ -1,0 +1,88 @@
+import Glibc
+
+/// How fast one worker multiplies, by the rows that one weight matrix is used for.
+///
+/// Few rows are slow: each weight that is read serves only so many multiplications.
+package struct ComputeRates: Sendable {
+  package static let sampledRows: InlineArray<6, Int> = [1, 4, 12, 48, 192, 576]
+  package var rates: InlineArray<6, FlopRate>
+
+  package init(_ rates: InlineArray<6, FlopRate>) { self.rates = rates }
+
+  /// The rate at `rows`, between the samples by the logarithm of the rows, outside them the nearest.
+  package func rate(rows: Int) -> FlopRate {
+    let samples = ComputeRates.sampledRows
+    if rows <= samples[0] { return rates[0] }
+    for upper in 1..<samples.count where rows <= samples[upper] {
+      let low = log(Double(samples[upper - 1]))
+      let share = (log(Double(rows)) - low) / (log(Double(samples[upper])) - low)
+      return FlopRate(rates[upper - 1].value * (1 - share) + rates[upper].value * share)
+    }
+    return rates[samples.count - 1]
+  }
+}
+
+extension ComputeRates {
+  /// Times products on all threads of `team` together, for some 20 milliseconds.
+  package static func measured(by team: Team) throws(Failure) -> ComputeRates {
+    let probe = try RateProbe(team)
+    var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
+    for sample in rates.indices {
+      probe.rows = sampledRows[sample]
+      var best = FlopRate(0)
+      for _ in 0..<3 {
+        let start = now()
+        team.run(probe)
+        best = max(best, probe.work / Seconds(now().value - start.value))
+      }
+      rates[sample] = best
+    }
+    return ComputeRates(rates)
+  }
+
+  private static func now() -> Seconds {
+    var time = timespec()
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return Seconds(Double(time.tv_sec) + Double(time.tv_nsec) * 1e-9)
+  }
+}
+
+/// Multiplies rows by weight matrices that are too many for the caches, as a step of training finds them.
+private final class RateProbe: TeamWork {
+  private static let size = 512
+  private static let matrices = 16
+  private let team: Team
+  private let memory: Region
+  var rows = 1
+
+  init(_ team: Team) throws(Failure) {
+    self.team = team
+    let deskFloats = RateProbe.deskFloats
+    memory = try Region(
+      bytes: (RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats) * MemoryLayout<Float>.stride,
+      for: "measuring the speed of products")
+  }
+
+  /// Of one `run`: enough tasks to outlast its start.
+  var work: Flops { Flops(Double(tasks) * 2 * Double(rows) * Double(RateProbe.size * RateProbe.size)) }
+  private var tasks: Int { team.threads * max(1, 96 / rows) }
+  private static var deskFloats: Int { ComputeRates.sampledRows[5] * size + size * Strip.width + Tiles.floats }
+
+  func work(thread: Int) {
+    let size = RateProbe.size
+    let weights = memory.base.assumingMemoryBound(to: Float.self)
+    let desk = weights + RateProbe.matrices * size * size + thread * RateProbe.deskFloats
+    let panels = Panels(desk, width: size)
+    let strip = desk + ComputeRates.sampledRows[5] * size
+    let tile = strip + size * Strip.width
+    while case let task = team.take(), task < tasks {
+      let matrix = weights + task % RateProbe.matrices * size * size
+      for column in stride(from: 0, to: size, by: Strip.width) {
+        Strip.rows(of: matrix, depth: size, from: column, limit: size, into: strip)
+        Panels.forEach(rows: rows) { first, high in
+          Tiles.product(panel: panels.panel(first), high: high, strip: strip, depth: size, into: tile)
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,151 @@
+import Glibc
+import Synchronization
+
+/// Work that a team's threads do together.
+package protocol TeamWork: AnyObject {
+  /// Called once on every thread, `thread` in 0..<team.threads; the calls share the work by the team's counter.
+  func work(thread: Int)
+}
+
+/// The compute threads of one worker: made once, pinned to its cores, asleep between jobs.
+///
+/// One job at a time; the thread that calls `run` sleeps meanwhile, so the cores belong to the team. Nothing here
+/// allocates after init.
+package final class Team {
+  package let threads: Int
+  private let seats: UnsafeMutablePointer<Seat>
+  private var started = 0
+  private let signal: Signal
+  private let next = Atomic<Int>(0)
+  private let waiting = Atomic<Int>(0)
+  private let round = Atomic<Int>(0)
+
+  /// Makes the threads; `place` is called on each new thread with its index, to tie it to its core.
+  package init(threads: Int, place: @escaping (Int) -> Void) throws(Failure) {
+    self.threads = threads
+    seats = .allocate(capacity: threads)
+    signal = try Signal()
+    for index in 0..<threads {
+      (seats + index).initialize(to: Seat(index: index, signal: signal, place: place))
+      let failed = pthread_create(
+        &seats[index].thread, nil,
+        { seat in
+          seat!.assumingMemoryBound(to: Seat.self).pointee.serve()
+          return nil
+        }, seats + index)
+      guard failed == 0 else {
+        (seats + index).deinitialize(count: 1)
+        throw Failure(.memory, "the system starts no thread \(index + 1) of \(threads): error \(failed)")
+      }
+      started = index + 1
+    }
+  }
+
+  deinit {
+    signal.post(nil, to: started)
+    for index in 0..<started { pthread_join(seats[index].thread, nil) }
+    seats.deinitialize(count: started)
+    seats.deallocate()
+  }
+
+  /// Has every thread call `work.work(thread:)` and returns when all are done. Not from inside a job.
+  package func run(_ work: some TeamWork) {
+    next.store(0, ordering: .relaxed)
+    signal.post(work, to: threads)
+  }
+
+  /// The next task number of the running job: 0, 1, 2… over all threads.
+  @inline(__always) package func take() -> Int { next.wrappingAdd(1, ordering: .relaxed).oldValue }
+
+  /// Waits until all threads of the running job are here; then the task numbers begin at 0 again.
+  package func barrier() {
+    let mine = round.load(ordering: .relaxed)
+    if waiting.wrappingAdd(1, ordering: .acquiringAndReleasing).newValue == threads {
+      waiting.store(0, ordering: .relaxed)
+      next.store(0, ordering: .relaxed)
+      round.wrappingAdd(1, ordering: .releasing)
+    } else {
+      wait { self.round.load(ordering: .acquiring) != mine }
+    }
+  }
+
+  /// Returns once `condition` holds, which another thread of the running job is about to bring about.
+  @inline(__always) package func wait(until condition: () -> Bool) {
+    // The others are computing on their own cores: yielding is enough, and costs nothing where a core is shared.
+    while !condition() { sched_yield() }
+  }
+
+  /// What one thread needs to live.
+  private struct Seat {
+    let index: Int
+    let signal: Signal
+    let place: (Int) -> Void
+    var thread = pthread_t()
+
+    func serve() {
+      place(index)
+      var seen = 0
+      while let work = signal.receive(after: &seen) {
+        work.work(thread: index)
+        signal.finished()
+      }
+    }
+  }
+}
+
+/// Hands one job after another to sleeping threads and sleeps until all of them have finished it.
+private final class Signal: @unchecked Sendable {
+  private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
+  private let posted = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+  private let done = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+  private var jobs = 0
+  private var unfinished = 0
+  private var work: (any TeamWork)?
+
+  init() throws(Failure) {
+    mutex.initialize(to: pthread_mutex_t())
+    posted.initialize(to: pthread_cond_t())
+    done.initialize(to: pthread_cond_t())
+    guard pthread_mutex_init(mutex, nil) == 0, pthread_cond_init(posted, nil) == 0, pthread_cond_init(done, nil) == 0
+    else { throw Failure(.memory, "the system gives no lock") }
+  }
+
+  deinit {
+    pthread_cond_destroy(done)
+    pthread_cond_destroy(posted)
+    pthread_mutex_destroy(mutex)
+    done.deallocate()
+    posted.deallocate()
+    mutex.deallocate()
+  }
+
+  /// Wakes the threads with `work`, nil to send them home; with work it returns when `threads` have finished.
+  func post(_ work: (any TeamWork)?, to threads: Int) {
+    pthread_mutex_lock(mutex)
+    self.work = work
+    jobs += 1
+    unfinished = threads
+    pthread_cond_broadcast(posted)
+    if work != nil {
+      while unfinished > 0 { pthread_cond_wait(done, mutex) }
+      self.work = nil
+    }
+    pthread_mutex_unlock(mutex)
+  }
+
+  /// Sleeps until there is a job after the `seen` ones; nil means that the thread may end.
+  func receive(after seen: inout Int) -> (any TeamWork)? {
+    pthread_mutex_lock(mutex)
+    defer { pthread_mutex_unlock(mutex) }
+    while jobs == seen { pthread_cond_wait(posted, mutex) }
+    seen = jobs
+    return work
+  }
+
+  func finished() {
+    pthread_mutex_lock(mutex)
+    unfinished -= 1
+    if unfinished == 0 { pthread_cond_signal(done) }
+    pthread_mutex_unlock(mutex)
+  }
+}

@@ -1,0 +1,88 @@
+import CHwloc
+import Glibc
+
+/// A machine as hwloc sees it, reduced to what this process may use.
+package final class Topology {
+  /// Where one core sits; indexes count what this process may use, in hwloc's logical order.
+  package struct Core: Equatable {
+    package let package: Int, numaNode: Int, sharedCache: Int
+  }
+
+  private let handle: hwloc_topology_t
+  /// Whether this describes the machine we run on, so that threads can be pinned by it.
+  package let isThisMachine: Bool
+  /// The usable cores, neighbours in cache and memory next to each other.
+  package let cores: [Core]
+
+  /// Discovers this machine, or reads `description`: an hwloc synthetic string ("pack:2 core:4 pu:1") or an XML file.
+  package init(description: String? = nil) throws(Failure) {
+    var made: hwloc_topology_t?
+    guard hwloc_topology_init(&made) == 0, let made else { throw Failure(.memory, "hwloc cannot make a topology") }
+    do throws(Failure) {
+      try Topology.load(made, description)
+    } catch {
+      hwloc_topology_destroy(made)
+      throw error
+    }
+    handle = made
+    isThisMachine = hwloc_topology_is_thissystem(made) != 0
+    if isThisMachine { Topology.restrictToCaller(made) }
+    cores = Topology.places(in: made)
+  }
+
+  deinit { hwloc_topology_destroy(handle) }
+
+  /// Ties the calling thread to core `index`; false where the system refuses.
+  package func bindCallingThread(toCore index: Int) -> Bool {
+    guard isThisMachine, let core = hwloc_get_obj_by_type(handle, Topology.coreType(handle), UInt32(index)) else { return false }
+    return hwloc_set_cpubind(handle, core.pointee.cpuset, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0
+  }
+
+  private static func load(_ handle: hwloc_topology_t, _ description: String?) throws(Failure) {
+    if let description {
+      // A path has a file behind it; every other text can only be a synthetic description.
+      if access(description, F_OK) == 0 {
+        guard hwloc_topology_set_xml(handle, description) == 0, hwloc_topology_load(handle) == 0 else {
+          throw Failure(.topology, "topology file '\(description)' is not hwloc XML")
+        }
+        return
+      }
+      guard hwloc_topology_set_synthetic(handle, description) == 0 else {
+        throw Failure(
+          .topology, "topology '\(description)' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'")
+      }
+    }
+    guard hwloc_topology_load(handle) == 0 else { throw Failure(.topology, "hwloc cannot discover this machine") }
+  }
+
+  /// Leaves only the processors that the calling thread may run on: mpirun and taskset say so by its mask.
+  private static func restrictToCaller(_ handle: hwloc_topology_t) {
+    guard let mine = hwloc_bitmap_alloc() else { return }
+    defer { hwloc_bitmap_free(mine) }
+    if hwloc_get_cpubind(handle, mine, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0, hwloc_bitmap_iszero(mine) == 0 {
+      hwloc_topology_restrict(handle, mine, 0)
+    }
+  }
+
+  /// Cores, or hardware threads where the system tells of no cores.
+  private static func coreType(_ handle: hwloc_topology_t) -> hwloc_obj_type_t {
+    hwloc_get_nbobjs_by_type(handle, HWLOC_OBJ_CORE) > 0 ? HWLOC_OBJ_CORE : HWLOC_OBJ_PU
+  }
+
+  private static func places(in handle: hwloc_topology_t) -> [Core] {
+    let type = coreType(handle)
+    let caches = hwloc_get_nbobjs_by_type(handle, HWLOC_OBJ_L3CACHE) > 0 ? HWLOC_OBJ_L3CACHE : HWLOC_OBJ_L2CACHE
+    return (0..<max(0, Int(hwloc_get_nbobjs_by_type(handle, type)))).map { index in
+      let core = hwloc_get_obj_by_type(handle, type, UInt32(index))
+      func above(_ kind: hwloc_obj_type_t) -> Int {
+        hwloc_get_ancestor_obj_by_type(handle, kind, core).map { Int($0.pointee.logical_index) } ?? 0
+      }
+      // NUMA nodes hang beside the tree of processors, so they are found by the processors they share.
+      var node = 0
+      while let candidate = hwloc_get_obj_by_type(handle, HWLOC_OBJ_NUMANODE, UInt32(node)),
+        hwloc_bitmap_intersects(candidate.pointee.cpuset, core!.pointee.cpuset) == 0
+      { node += 1 }
+      return Core(package: above(HWLOC_OBJ_PACKAGE), numaNode: node, sharedCache: above(caches))
+    }
+  }
+}

@@ -1,0 +1,179 @@
+/* fastermoe.h: train mixture-of-experts layers on many CPUs.  C99, no dependencies.
+ *
+ * Words.      W workers (ranks) in a group; E experts in the whole group, E/W held by each worker;
+ *             n tokens on this worker (ranks may differ, 0 is fine); k experts chosen per token;
+ *             d model width; h hidden width.
+ * Matrices    are dense row-major float32 without padding: [n, d] is n rows of d.
+ *             Times are seconds, volumes bytes, work flops, rates per second.
+ * Ownership.  `T **out` gives the caller an object to destroy.  A pointer inside a struct that the
+ *             library fills is borrowed; its comment says until when.  Arrays passed in are used
+ *             before the call returns, unless the comment says "kept".
+ * Threads.    Any thread may use any object, one thread at a time per object; objects of different
+ *             groups never interfere.  "Collective" calls are made by all W ranks in one order.
+ * Failure.    Every fallible call returns fmoe_status; out-parameters are written only on FMOE_OK.
+ *             The library never exits, prints, traps on bad input or installs signal handlers.
+ * Options.    Set struct_size to sizeof the struct and zero the rest: a zero field means its default. */
+#ifndef FASTERMOE_H
+#define FASTERMOE_H
+#include <stdint.h>
+
+#define FMOE_VERSION_MAJOR 0
+#define FMOE_VERSION_MINOR 1
+#define FMOE_VERSION_PATCH 0
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- status: the band says who must act -------------------------------------------------- */
+typedef enum fmoe_status {
+  FMOE_OK = 0,
+  FMOE_ERROR_ARGUMENT = 1,  /*  1-19 the call is wrong; nothing changed */
+  FMOE_ERROR_OPTIONS = 2,   /*       struct_size too small, or a field this version does not know */
+  FMOE_ERROR_STAGE = 3,     /*       calls on a pass out of order */
+  FMOE_ERROR_FILE = 4,      /*       a file is missing, unreadable, or not what it should be */
+  FMOE_ERROR_UNSUPPORTED = 5, /*     this version cannot do that yet; the text says what */
+  FMOE_ERROR_MEMORY = 20,   /* 20-39 the machine said no; objects stay usable */
+  FMOE_ERROR_TOPOLOGY = 21,
+  FMOE_ERROR_PEER = 40,     /* 40-59 the group is broken; destroy it and what hangs from it */
+  FMOE_ERROR_DISAGREE = 41, /*       ranks passed different options */
+  FMOE_ERROR_TIMEOUT = 42,  /*       a peer did not answer within timeout_seconds */
+  FMOE_ERROR_INTERNAL = 60, /* 60-79 a defect here; please report */
+  FMOE_STATUS_FORCE_32 = 0x7fffffff
+} fmoe_status;
+const char *fmoe_status_name(int32_t status); /* static; never NULL */
+const char *fmoe_last_error(void);            /* this thread's latest failure, in words; until its next failure */
+uint32_t fmoe_version(void);                  /* of the loaded library: major << 16 | minor << 8 | patch */
+
+/* ---- objects ----------------------------------------------------------------------------- */
+typedef struct fmoe_group fmoe_group;     /* one rank's seat in a group of workers, with its cores    */
+typedef struct fmoe_layer fmoe_layer;     /* parameters and gradients of one MoE layer                */
+typedef struct fmoe_pass fmoe_pass;       /* one batch on its trip through one layer                  */
+typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers, links, rates         */
+
+/* ---- group: who works together, over what, on which cores --------------------------------- */
+typedef struct fmoe_message {             /* one leg of an exchange */
+  int32_t peer;                           /* 0..W-1, never this rank */
+  int32_t receiving;                      /* 0: bytes go to peer; 1: peer's bytes arrive here */
+  void *bytes;                            /* kept until the request is done */
+  int64_t size;                           /* 1 or more; may exceed 2^31 */
+} fmoe_message;
+typedef struct fmoe_transport {           /* what the library needs from MPI, UCX, sockets... */
+  uint32_t struct_size;
+  int32_t rank, size, reserved;           /* reserved: 0 */
+  void *context;                          /* kept until release; one thread at a time calls with it */
+  /* start returns at once.  From one rank to another, the i-th message sent meets the i-th received; their sizes agree.
+   * test sets *done to 1 once all messages of the request have moved, which ends the request; it also drives progress.
+   * Both return 0, or anything else when a peer is lost: the group is then broken. */
+  int32_t (*start)(void *context, const fmoe_message *messages, int32_t count, void **request);
+  int32_t (*test)(void *context, void *request, int32_t *done);
+  void (*release)(void *context);         /* may be NULL */
+} fmoe_transport;
+typedef struct fmoe_group_options {
+  uint32_t struct_size;
+  int32_t threads;                        /* compute threads of this rank; default: its share of the cores it may use */
+  int32_t bind;                           /* 0 pin threads to cores as hwloc says, 1 leave them to the scheduler */
+  int32_t reserved;
+  double timeout_seconds;                 /* longest wait for a peer; default: forever */
+  const char *topology;                   /* hwloc XML path or synthetic string; default: this machine */
+  const char *profile;                    /* file of measured rates: read if there, written by fmoe_group_calibrate */
+} fmoe_group_options;
+fmoe_status fmoe_group_create(const fmoe_transport *transport, const fmoe_group_options *options /* NULL: defaults */,
+                              fmoe_group **out); /* collective */
+fmoe_status fmoe_group_create_local(int32_t size, const fmoe_group_options *options /* NULL: defaults */,
+                                    fmoe_group **out /* [size] */); /* ranks as threads of this process; size 1: alone */
+fmoe_status fmoe_group_calibrate(fmoe_group *group, double seconds /* to spend, about */); /* collective */
+void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below */
+
+/* ---- layer -------------------------------------------------------------------------------- */
+enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWIGLU = 4 };
+enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
+       FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6 };
+typedef struct fmoe_layer_options {
+  uint32_t struct_size;
+  int32_t top_k;                          /* default: what the gate is known for, else 2 */
+  int64_t d_model;                        /* d, required */
+  int64_t d_hidden;                       /* h, required */
+  int64_t experts;                        /* E, required, a multiple of W */
+  int32_t activation;                     /* FMOE_GELU ... */
+  int32_t gate;                           /* FMOE_GATE_TOPK ... */
+  uint64_t seed;                          /* of initial weights and of every random choice; equal on all ranks */
+  double capacity_factor;                 /* gates with a capacity: its factor; default: the gate's own */
+  double balance_loss;                    /* coefficient of the load-balancing loss; default 0 */
+  double z_loss;                          /* coefficient of the router z-loss; default 0 */
+  double remote_share;                    /* topology gates: most tokens that may leave the node, (0, 1]; default: as predicted */
+} fmoe_layer_options;
+#define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+fmoe_status fmoe_layer_create(fmoe_group *group /* kept */, const fmoe_layer_options *options, fmoe_layer **out); /* collective */
+void fmoe_layer_destroy(fmoe_layer *layer);
+
+typedef struct fmoe_tensors {             /* values or gradients; borrowed until fmoe_layer_destroy */
+  uint32_t struct_size;
+  int32_t local_experts;                  /* E/W */
+  int64_t first_expert;                   /* rank * E/W */
+  float *gate;                            /* [E, d]  equal on all ranks */
+  float *w1, *b1;                         /* [E/W, h, d]  [E/W, h]   SwiGLU: the gated half, b1 NULL */
+  float *w2, *b2;                         /* [E/W, d, h]  [E/W, d]   SwiGLU: b2 NULL */
+  float *w3;                              /* [E/W, h, d]  SwiGLU: the linear half; else NULL */
+} fmoe_tensors;
+fmoe_status fmoe_layer_values(fmoe_layer *layer, fmoe_tensors *out);
+fmoe_status fmoe_layer_gradients(fmoe_layer *layer, fmoe_tensors *out); /* backward adds */
+fmoe_status fmoe_layer_zero_gradients(fmoe_layer *layer);
+fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer); /* collective: of the mean over workers of their losses */
+fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path); /* collective; safetensors, any W reads it back */
+fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path); /* collective */
+
+/* ---- one step: gate, plan, forward, backward, in this order, each once --------------------- */
+typedef struct fmoe_routing {             /* borrowed until the pass is destroyed */
+  uint32_t struct_size;
+  int32_t top_k;
+  int64_t tokens;                         /* n */
+  const int32_t *choices;                 /* [n, k] expert of 0..E-1, or -1: dropped */
+  const float *weights;                   /* [n, k] */
+  const int64_t *counts;                  /* [E] this rank's tokens for each expert */
+  double balance_loss, z_loss;            /* coefficients included */
+} fmoe_routing;
+typedef struct fmoe_plan_options {
+  uint32_t struct_size;
+  int32_t shadowing;                      /* 0 as predicted best, 1 never, 2 exactly `shadows`, 3 the paper's Algorithm 1,
+                                             4 every expert, fetched again for backward (ZeRO stage 3) */
+  int32_t schedule;                       /* 0 as predicted best, 1 coarse (no overlap), 2 pairwise groups of `group_size` */
+  int32_t group_size;                     /* workers per exchange step */
+  const uint8_t *shadows;                 /* [E] 0/1, equal on all ranks; read only when shadowing is 2 */
+} fmoe_plan_options;
+typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch */
+  uint32_t struct_size;                   /* in: room; out: bytes written */
+  int32_t shadows;                        /* experts shadowed */
+  int32_t group_size, steps;
+  double seconds_plain;                   /* no shadow, no overlap */
+  double seconds_planned;                 /* this plan */
+  double seconds_ideal;                   /* the larger of computing and communicating, perfectly overlapped */
+  double compute_over_communicate;        /* R_CC of the roofline */
+  double flops_per_worker;                /* P-bar of the roofline, flop/s */
+} fmoe_plan_report;
+fmoe_status fmoe_gate(fmoe_layer *layer /* kept */, const float *tokens /* [n, d], kept until backward */, int64_t n,
+                      fmoe_pass **out); /* collective */
+fmoe_status fmoe_route(fmoe_layer *layer /* kept */, const float *tokens /* [n, d], kept until backward */, int64_t n,
+                       const int32_t *choices /* [n, k] */, const float *weights /* [n, k] */,
+                       fmoe_pass **out); /* the caller's own gate instead of the layer's; collective */
+fmoe_status fmoe_pass_routing(fmoe_pass *pass, fmoe_routing *out);
+fmoe_status fmoe_plan(fmoe_pass *pass, const fmoe_plan_options *options /* NULL: defaults */,
+                      fmoe_plan_report *report /* may be NULL */); /* collective */
+fmoe_status fmoe_forward(fmoe_pass *pass, float *output /* [n, d] */); /* collective; plans if fmoe_plan was not called */
+fmoe_status fmoe_backward(fmoe_pass *pass, const float *grad_output /* [n, d] */, float *grad_tokens /* [n, d], overwritten */,
+                          float *grad_weights /* [n, k] of fmoe_route's weights; else NULL */); /* collective */
+fmoe_status fmoe_pass_write_timeline(fmoe_pass *pass, const char *path); /* what ran when: Chrome trace JSON */
+void fmoe_pass_destroy(fmoe_pass *pass);
+
+/* ---- cluster: predict without running ------------------------------------------------------ */
+fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* discovered and calibrated; collective */
+fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room */
+fmoe_status fmoe_cluster_write(fmoe_cluster *cluster, const char *path);
+fmoe_status fmoe_cluster_plan(fmoe_cluster *cluster, const fmoe_layer_options *layer, const int64_t *counts /* [W, E] */,
+                              const fmoe_plan_options *options /* NULL: defaults */, fmoe_plan_report *report);
+void fmoe_cluster_destroy(fmoe_cluster *cluster);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
