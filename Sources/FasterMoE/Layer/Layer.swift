@@ -100,7 +100,7 @@ private final class Zeroing: TeamWork {
     self.team = team
   }
 
-  func work(thread: Int) {
+  override func work(thread: Int) {
     let piece = 1 << 20
     while true {
       let start = team.take() * piece

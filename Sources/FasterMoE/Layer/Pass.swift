@@ -198,7 +198,7 @@ package final class Pass: TeamWork {
     team.run(self)
   }
 
-  package func work(thread: Int) {
+  package override func work(thread: Int) {
     let layer = layer!
     let context = PassContext(
       thread: thread, team: team, layer: layer, store: store, workspace: workspace, desk: workspace.desk(thread),

@@ -68,7 +68,7 @@ private final class RateProbe: TeamWork {
   private var tasks: Int { team.threads * max(1, 96 / rows) }
   private static var deskFloats: Int { ComputeRates.sampledRows[5] * size + size * Strip.width + Tiles.floats }
 
-  func work(thread: Int) {
+  override func work(thread: Int) {
     let size = RateProbe.size
     let weights = memory.base.assumingMemoryBound(to: Float.self)
     let desk = weights + RateProbe.matrices * size * size + thread * RateProbe.deskFloats

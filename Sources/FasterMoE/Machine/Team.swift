@@ -1,10 +1,10 @@
 import Glibc
 import Synchronization
 
-/// Work that a team's threads do together.
-package protocol TeamWork: AnyObject {
+/// Work that a team's threads do together; subclasses say what.
+package class TeamWork {
   /// Called once on every thread, `thread` in 0..<team.threads; the calls share the work by the team's counter.
-  func work(thread: Int)
+  package func work(thread: Int) {}
 }
 
 /// The compute threads of one worker: made once, pinned to its cores, asleep between jobs.
@@ -49,9 +49,9 @@ package final class Team {
   }
 
   /// Has every thread call `work.work(thread:)` and returns when all are done. Not from inside a job.
-  package func run(_ work: some TeamWork) {
+  package func run(_ work: TeamWork) {
     next.store(0, ordering: .relaxed)
-    signal.post(work, to: threads)
+    withExtendedLifetime(work) { signal.post(.passUnretained(work), to: threads) }
   }
 
   /// The next task number of the running job: 0, 1, 2… over all threads.
@@ -86,7 +86,7 @@ package final class Team {
       place(index)
       var seen = 0
       while let work = signal.receive(after: &seen) {
-        work.work(thread: index)
+        work._withUnsafeGuaranteedRef { $0.work(thread: index) }
         signal.finished()
       }
     }
@@ -100,7 +100,8 @@ private final class Signal: @unchecked Sendable {
   private let done = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
   private var jobs = 0
   private var unfinished = 0
-  private var work: (any TeamWork)?
+  /// Not retained: a thread that let go of the last reference would end its own team. `run` holds one until all are done.
+  private var work: Unmanaged<TeamWork>?
 
   init() throws(Failure) {
     mutex.initialize(to: pthread_mutex_t())
@@ -120,7 +121,7 @@ private final class Signal: @unchecked Sendable {
   }
 
   /// Wakes the threads with `work`, nil to send them home; with work it returns when `threads` have finished.
-  func post(_ work: (any TeamWork)?, to threads: Int) {
+  func post(_ work: Unmanaged<TeamWork>?, to threads: Int) {
     pthread_mutex_lock(mutex)
     self.work = work
     jobs += 1
@@ -134,7 +135,7 @@ private final class Signal: @unchecked Sendable {
   }
 
   /// Sleeps until there is a job after the `seen` ones; nil means that the thread may end.
-  func receive(after seen: inout Int) -> (any TeamWork)? {
+  func receive(after seen: inout Int) -> Unmanaged<TeamWork>? {
     pthread_mutex_lock(mutex)
     defer { pthread_mutex_unlock(mutex) }
     while jobs == seen { pthread_cond_wait(posted, mutex) }

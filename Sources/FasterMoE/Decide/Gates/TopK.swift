@@ -82,9 +82,12 @@ package enum TopK {
       }
       gradLogits[Int(choices[0])] += inner
     } else {
-      var inner: Float = 0
-      for choice in 0..<k { inner += s[choice] * gradWeights[choice] }
-      for choice in 0..<k { gradLogits[Int(choices[choice])] += s[choice] * (gradWeights[choice] - inner) }
+      // s_a·(ds_a - <ds, s>) as s_a·Σ_b s_b·(ds_a - ds_b): no digits are lost where one weight is near 1.
+      for a in 0..<k {
+        var sum: Float = 0
+        for b in 0..<k { sum += s[b] * (gradWeights[a] - gradWeights[b]) }
+        gradLogits[Int(choices[a])] += s[a] * sum
+      }
     }
   }
 }

@@ -1,0 +1,181 @@
+import Foundation
+import Testing
+
+@testable import FasterMoE
+
+@Suite struct DecisionTests {
+  // MARK: Choosing
+
+  private static func choose(_ logits: [Float], _ k: Int) -> [Int32] {
+    var padded = logits + Array(repeating: -Float.infinity, count: Panels.padded(logits.count) - logits.count)
+    var choices = [Int32](repeating: -9, count: k)
+    TopK.choose(&padded, experts: logits.count, choices: k, into: &choices)
+    return choices
+  }
+
+  @Test func theHighestLogitsAreChosenInFallingOrder() {
+    #expect(Self.choose([0.1, 0.9, -3, 0.5], 3) == [1, 3, 0])
+    var numbers = Numbers(10)
+    for experts in [1, 2, 15, 16, 17, 64, 100] {
+      for _ in 0..<20 {
+        let logits = numbers.array(experts)
+        let k = min(experts, 4)
+        let sorted = logits.indices.sorted { (logits[$0], $1) > (logits[$1], $0) }
+        #expect(Self.choose(logits, k) == sorted.prefix(k).map { Int32($0) })
+      }
+    }
+  }
+
+  @Test func tiesGoToTheLowerExpert() {
+    #expect(Self.choose([1, 1, 1, 1, 1], 3) == [0, 1, 2])
+    #expect(Self.choose([0, 2, 1, 2, 1], 4) == [1, 3, 2, 4])
+    #expect(Self.choose([-0.0, 0.0], 2) == [0, 1])
+  }
+
+  @Test func nanAndInfinityStillChooseDistinctExperts() {
+    #expect(Self.choose([.nan, 1, .nan, 2], 3) == [3, 1, 0])
+    #expect(Self.choose([.nan, .nan, .nan], 2) == [0, 1])
+    #expect(Self.choose([-.infinity, 5, -.infinity], 3) == [1, 0, 2])
+    #expect(Self.choose([.infinity, 5, .infinity], 3) == [0, 2, 1])
+  }
+
+  @Test func softmaxEqualsDouble() {
+    var numbers = Numbers(11)
+    for experts in [1, 5, 16, 40] {
+      let logits = numbers.array(experts).map { $0 * 20 }
+      let padded = logits + Array(repeating: -Float.infinity, count: Panels.padded(experts) - experts)
+      var p = [Float](repeating: 9, count: padded.count)
+      let logSum = TopK.softmax(padded, experts: experts, into: &p)
+      let total = logits.reduce(0.0) { $0 + exp(Double($1)) }
+      #expect(abs(Double(logSum) - log(total)) < 1e-5)
+      for e in 0..<experts { #expect(abs(Double(p[e]) - exp(Double(logits[e])) / total) < 1e-6) }
+      for e in experts..<padded.count { #expect(p[e] == 0) }
+    }
+  }
+
+  // MARK: Losses
+
+  /// Losses of n tokens, in Double, as the layer defines them; counts are constants.
+  private static func losses(_ logits: [[Double]], _ shares: [Double], _ balance: Double, _ z: Double) -> Double {
+    let experts = shares.count
+    var mean = [Double](repeating: 0, count: experts)
+    var squares = 0.0
+    for row in logits {
+      let total = row.reduce(0) { $0 + exp($1) }
+      for e in 0..<experts { mean[e] += exp(row[e]) / total / Double(logits.count) }
+      squares += log(total) * log(total) / Double(logits.count)
+    }
+    return balance * Double(experts) * zip(shares, mean).reduce(0) { $0 + $1.0 * $1.1 } + z * squares
+  }
+
+  @Test func lossGradientsEqualCentralDifferences() {
+    var numbers = Numbers(12)
+    let (experts, tokens) = (7, 5)
+    let logits = (0..<tokens).map { _ in numbers.array(experts).map { Double($0) * 2 } }
+    let shares: [Double] = [0.3, 0.1, 0, 0.2, 0.2, 0.1, 0.1]
+    let losses = RouterLosses(balance: 0.7, z: 0.3)
+    for token in 0..<tokens {
+      let padded = logits[token].map { Float($0) } + Array(repeating: -.infinity, count: 9)
+      var p = [Float](repeating: 0, count: 16)
+      let logSum = TopK.softmax(padded, experts: experts, into: &p)
+      var gradient = [Float](repeating: 0, count: 16)
+      losses.backward(
+        probabilities: p, logSum: logSum, shares: shares.map { Float($0) } + Array(repeating: 0, count: 9), experts: experts,
+        tokens: tokens, addingTo: &gradient)
+      for e in 0..<experts {
+        var (up, down) = (logits, logits)
+        up[token][e] += 1e-5
+        down[token][e] -= 1e-5
+        let difference = (Self.losses(up, shares, 0.7, 0.3) - Self.losses(down, shares, 0.7, 0.3)) / 2e-5
+        #expect(abs(Double(gradient[e]) - difference) < 1e-6)
+      }
+    }
+  }
+
+  @Test func balanceLossIsItsCoefficientWhenUniform() {
+    let loss = RouterLosses(balance: 0.01).balanceLoss(
+      counts: [6, 6, 6, 6], sums: [3, 3, 3, 3], experts: 4, tokens: 12, choices: 2)
+    #expect(abs(loss - 0.01) < 1e-12)
+  }
+
+  // MARK: Sorting and cutting
+
+  private static func withRouting(_ choices: [Int32], experts: Int, _ body: (Routing) -> Void) throws {
+    var size = Arena()
+    _ = Routing(arena: &size, slots: choices.count, experts: experts)
+    let region = try Region(bytes: size.bytes, for: "a test")
+    var arena = Arena(over: region.base)
+    let routing = Routing(arena: &arena, slots: choices.count, experts: experts)
+    for (slot, choice) in choices.enumerated() { routing.choices[slot] = choice }
+    routing.sort(slots: choices.count, experts: experts)
+    body(routing)
+  }
+
+  @Test func sortingIsABijectionInOrder() throws {
+    var numbers = Numbers(13)
+    for (slots, experts) in [(0, 3), (1, 1), (50, 4), (1000, 37)] {
+      let choices = (0..<slots).map { _ in Int32(numbers.below(experts + 1) - 1) }
+      try Self.withRouting(choices, experts: experts) { routing in
+        let live = choices.indices.filter { choices[$0] >= 0 }
+        #expect(routing.firstRow[0] == 0 && routing.firstRow[experts] == live.count)
+        let expected = live.sorted { (choices[$0], $0) < (choices[$1], $1) }
+        #expect((0..<live.count).map { Int(routing.slots[$0]) } == expected)
+        for slot in 0..<slots {
+          if choices[slot] < 0 { #expect(routing.rows[slot] == -1) } else { #expect(routing.slots[Int(routing.rows[slot])] == slot) }
+        }
+        for e in 0..<experts {
+          #expect(Int(routing.counts[e]) == choices.count { $0 == e })
+          #expect(routing.firstRow[e + 1] - routing.firstRow[e] == Int(routing.counts[e]))
+        }
+      }
+    }
+  }
+
+  @Test func blocksCoverEveryRowOnceLargestFirst() throws {
+    for counts in [[0, 0], [1], [576], [577], [1760, 3, 0, 12, 1200], Array(repeating: 5, count: 40), [5000, 700, 1153]] {
+      let choices = counts.enumerated().flatMap { Array(repeating: Int32($0.offset), count: $0.element) }
+      try Self.withRouting(choices, experts: counts.count) { routing in
+        let most = Block.mostBlocks(slots: choices.count, experts: counts.count)
+        let blocks = UnsafeMutablePointer<Block>.allocate(capacity: most)
+        defer { blocks.deallocate() }
+        let made = Block.cut(firstRow: routing.firstRow, experts: counts.count, into: blocks)
+        #expect(made <= most)
+        var covered = [Int](repeating: 0, count: choices.count)
+        var last: [Int32: Int] = [:]
+        for index in 0..<made {
+          let block = blocks[index]
+          #expect(block.rows > 0 && Int(block.rows) <= Block.mostRows)
+          if index > 0 { #expect(Panels.count(Int(block.rows)) <= Panels.count(Int(blocks[index - 1].rows))) }
+          #expect((Int(block.row) - routing.firstRow[Int(block.expert)]) % Panels.height == 0, "a block begins a panel")
+          #expect(Int(block.previous) == last[block.expert] ?? -1)
+          if block.previous >= 0 { #expect(blocks[Int(block.previous)].row < block.row) }
+          last[block.expert] = index
+          for row in block.row..<block.row + block.rows {
+            covered[Int(row)] += 1
+            #expect(choices[Int(routing.slots[Int(row)])] == block.expert)
+          }
+        }
+        #expect(covered.allSatisfy { $0 == 1 })
+      }
+    }
+  }
+
+  // MARK: Predicting
+
+  @Test func aLoneWorkersPlanIsItsComputing() throws {
+    let shape = try Shape(model: 64, hidden: 128, experts: 3, choices: 2, activation: .gelu)
+    let rates = ComputeRates(InlineArray { FlopRate(Double($0 + 1) * 1e9) })
+    let report = PlanReport.alone(counts: [576, 0, 1], shape: shape, rates: rates)
+    #expect(report.shadows == 0 && report.groupSize == 1 && report.computeOverCommunicate == .infinity)
+    let flops = 12.0 * 64 * 128
+    #expect(abs(report.planned.value - (576 * flops / 6e9 + flops / 1e9)) < 1e-12)
+    #expect(report.plain == report.planned && report.ideal == report.planned)
+    #expect(abs(report.flopRatePerWorker.value - 577 * flops / report.planned.value) < 1)
+  }
+
+  @Test func ratesBetweenSamplesLieBetween() {
+    let rates = ComputeRates([FlopRate(1), FlopRate(2), FlopRate(4), FlopRate(8), FlopRate(9), FlopRate(10)])
+    #expect(rates.rate(rows: 1).value == 1 && rates.rate(rows: 4).value == 2 && rates.rate(rows: 5000).value == 10)
+    #expect(rates.rate(rows: 2).value > 1 && rates.rate(rows: 2).value < 2)
+  }
+}

@@ -1,0 +1,59 @@
+import Foundation
+import Testing
+
+/// The floors of the house: a file names only types of its own floor and of those below it.
+@Suite struct FloorTests {
+  private static let floors = ["Ground", "Machine", "Decide", "Layer"]
+  private static let sources = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
+    .deletingLastPathComponent().appending(path: "Sources")
+
+  private static func files(_ folder: String) -> [(name: String, text: String)] {
+    let root = sources.appending(path: folder)
+    let found = FileManager.default.enumerator(at: root, includingPropertiesForKeys: nil)!
+    return found.compactMap { $0 as? URL }.filter { $0.pathExtension == "swift" }.map {
+      ($0.lastPathComponent, try! String(contentsOf: $0, encoding: .utf8))
+    }
+  }
+
+  /// The text without comments, which may name anything.
+  private static func code(_ text: String) -> String {
+    text.split(separator: "\n").map { $0.split(separator: "//", maxSplits: 1, omittingEmptySubsequences: false)[0] }
+      .joined(separator: "\n")
+  }
+
+  private static func typesDeclared(in text: String) -> [String] {
+    code(text).matches(of: /(?:^|\n)(?:package |private |fileprivate |final )*(?:struct|class|enum|protocol|typealias) (\w+)/)
+      .map { String($0.1) }
+  }
+
+  @Test func everyFloorNamesOnlyItselfAndThoseBelow() {
+    var upper: [String: String] = [:]
+    for floor in Self.floors.reversed() {
+      for file in Self.files("FasterMoE/\(floor)") {
+        let words = Set(Self.code(file.text).matches(of: /\w+/).map { String($0.0) })
+        for (type, home) in upper where words.contains(type) {
+          Issue.record("\(floor)/\(file.name) names \(type), which lives on \(home)")
+        }
+      }
+      for file in Self.files("FasterMoE/\(floor)") {
+        for type in Self.typesDeclared(in: file.text) { upper[type] = floor }
+      }
+    }
+    #expect(upper["Layer"] == "Layer" && upper["Tiles"] == "Ground", "the test must find the types")
+  }
+
+  @Test func foreignLibrariesHaveOneFileEach() {
+    let all = (Self.floors.map { "FasterMoE/\($0)" } + ["CAPI"]).flatMap(Self.files)
+    #expect(all.filter { $0.text.contains("import CHwloc") }.map(\.name) == ["Topology.swift"])
+    let withHeader = all.filter { $0.text.contains("import CFasterMoE") }.map(\.name).sorted()
+    #expect(withHeader == Self.files("CAPI").map(\.name).sorted(), "C structs stay on the roof")
+  }
+
+  @Test func decisionsKnowNoThreadsClocksOrFiles() {
+    for file in Self.files("FasterMoE/Decide") {
+      for word in ["Glibc", "pthread", "Atomic", "clock_gettime", "fopen", "Team"] {
+        #expect(!Self.code(file.text).contains(word), "\(file.name) names \(word)")
+      }
+    }
+  }
+}

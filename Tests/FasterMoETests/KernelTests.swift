@@ -1,0 +1,192 @@
+import Foundation
+import Testing
+
+@testable import FasterMoE
+
+/// Tests draw numbers from here, so that a failure can be repeated.
+struct Numbers {
+  static let seed: UInt64 = 20_220_404
+  private var stream: RandomStream
+  private var index = 0
+  init(_ name: UInt64) { stream = RandomStream(seed: Self.seed, stream: name) }
+  mutating func next() -> Float {
+    index += 1
+    return stream.uniform(index, bound: 1)
+  }
+  mutating func array(_ count: Int) -> [Float] { (0..<count).map { _ in next() } }
+  mutating func below(_ limit: Int) -> Int { min(limit - 1, Int((next() + 1) / 2 * Float(limit))) }
+}
+
+@Suite struct KernelTests {
+  /// A chain of k fused multiply-adds of numbers below 1 in size errs by at most k half-ulps of its partial sums, which
+  /// stay below k; on random signs both grow as √k.
+  static func bound(terms: Int) -> Double { 8 * Double(terms).squareRoot() * Double(Float.ulpOfOne) }
+
+  /// Rows in panels, with memory that shows what is written beyond them.
+  final class PanelMatrix {
+    let panels: Panels
+    let memory: UnsafeMutableBufferPointer<Float>
+    init(_ rows: [[Float]], width: Int) {
+      memory = .allocate(capacity: max(1, rows.count) * Panels.padded(width) + 16)
+      memory.initialize(repeating: 7)
+      panels = Panels(memory.baseAddress!, width: width)
+      let flat = rows.flatMap { $0 }
+      flat.withUnsafeBufferPointer { all in panels.fill(rows: rows.count) { all.baseAddress! + $0 * width } }
+    }
+    deinit { memory.deallocate() }
+  }
+
+  private static func matrix(_ rows: Int, _ columns: Int, _ numbers: inout Numbers) -> [[Float]] {
+    (0..<rows).map { _ in numbers.array(columns) }
+  }
+
+  /// Every row count 1…70, odd depths and columns, against Double loops; both ways to pack the right factor.
+  @Test func productsEqualDoubleLoops() {
+    var numbers = Numbers(1)
+    for rows in 1...70 {
+      for (depth, columns) in [(1, 1), (15, 33), (16, 32), (37, 53), (64, 48), (130, 16)] where rows % 5 == depth % 5 || rows < 13 {
+        let a = Self.matrix(rows, depth, &numbers)
+        let b = Self.matrix(depth, columns, &numbers)
+        let left = PanelMatrix(a, width: depth)
+        defer { withExtendedLifetime(left) {} }
+        let flat = b.flatMap { $0 }
+        let flatTransposed = (0..<columns).flatMap { c in b.map { $0[c] } }
+        for transposed in [false, true] {
+          let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32 + 1)
+          let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+          defer {
+            strip.deallocate()
+            tile.deallocate()
+          }
+          strip[depth * 32] = 99
+          for column in stride(from: 0, to: columns, by: 32) {
+            if transposed {
+              Strip.rows(of: flatTransposed, depth: depth, from: column, limit: columns, into: strip)
+            } else {
+              Strip.columns(of: flat, stride: columns, depth: depth, from: column, limit: columns, into: strip)
+            }
+            #expect(strip[depth * 32] == 99)
+            Panels.forEach(rows: rows) { first, high in
+              Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: tile)
+              for i in 0..<high {
+                for c in 0..<min(32, columns - column) {
+                  let exact = (0..<depth).reduce(0.0) { $0 + Double(a[first + i][$1]) * Double(b[$1][column + c]) }
+                  #expect(abs(Double(tile[i * 32 + c]) - exact) <= Self.bound(terms: depth), "rows \(rows), depth \(depth)")
+                }
+                for c in min(32, columns - column)..<32 { #expect(tile[i * 32 + c] == 0) }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  @Test func outerProductsEqualDoubleLoops() {
+    var numbers = Numbers(2)
+    for rows in [1, 2, 11, 12, 13, 24, 35, 70] {
+      for (leftWidth, rightWidth) in [(1, 1), (8, 48), (17, 33), (40, 100)] {
+        let a = Self.matrix(rows, leftWidth, &numbers)
+        let b = Self.matrix(rows, rightWidth, &numbers)
+        let left = PanelMatrix(a, width: leftWidth)
+        let right = PanelMatrix(b, width: rightWidth)
+        defer { withExtendedLifetime((left, right)) {} }
+        let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+        defer { tile.deallocate() }
+        for column in stride(from: 0, to: leftWidth, by: Tiles.outerRows) {
+          for block in 0..<right.panels.blocks {
+            for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
+              Tiles.outer(left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, into: tile)
+              for i in 0..<min(Tiles.outerRows, leftWidth - column) {
+                for c in 0..<min(blocks * 16, rightWidth - block * 16) {
+                  let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }
+                  #expect(abs(Double(tile[i * blocks * 16 + c]) - exact) <= Self.bound(terms: rows))
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  /// The same row gives the same bits whatever stands beside it: how rows are cut cannot matter.
+  @Test func aRowsBitsDoNotDependOnItsPanel() {
+    var numbers = Numbers(3)
+    let depth = 100
+    let rows = Self.matrix(12, depth, &numbers)
+    let weights = numbers.array(depth * 32)
+    let whole = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+    let part = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+    defer {
+      whole.deallocate()
+      part.deallocate()
+    }
+    let all = PanelMatrix(rows, width: depth)
+    defer { withExtendedLifetime(all) {} }
+    Tiles.product(panel: all.panels.panel(0), high: 12, strip: weights, depth: depth, into: whole)
+    for high in 1...11 {
+      let some = PanelMatrix(Array(rows[..<high]), width: depth)
+      defer { withExtendedLifetime(some) {} }
+      Tiles.product(panel: some.panels.panel(0), high: high, strip: weights, depth: depth, into: part)
+      for i in 0..<high * 32 { #expect(part[i].bitPattern == whole[i].bitPattern) }
+    }
+  }
+
+  // MARK: Functions
+
+  private static func normalShare(_ x: Double) -> Double { erfc(-x / 2.0.squareRoot()) / 2 }
+  private static let exact: [(name: String, kernel: @Sendable (Vector) -> (value: Vector, slope: Vector), value: @Sendable (Double) -> Double)] = [
+    ("gelu", Gelu.valueAndSlope, { $0 * normalShare($0) }),
+    ("gelu tanh", GeluTanh.valueAndSlope, { u in
+      u / (1 + exp(-2 * (2 / Double.pi).squareRoot() * (u + 0.044715 * u * u * u)))
+    }),
+    ("relu", Relu.valueAndSlope, { max($0, 0) }),
+    ("silu", Silu.valueAndSlope, { $0 / (1 + exp(-$0)) }),
+  ]
+
+  /// Values within 2e-6 of the larger of 1 and the argument, slopes of central differences within 1e-5.
+  @Test func activationsEqualDoubleFunctions() {
+    for (name, kernel, function) in Self.exact {
+      for step in -2000...2000 where step != 0 {
+        let u = Double(step) / 100
+        let (value, slope) = kernel(Vector(repeating: Float(u)))
+        let x = Double(Float(u))
+        #expect(abs(Double(value[3]) - function(x)) <= 2e-6 * max(1, abs(x)), "\(name) at \(x)")
+        let difference = (function(x + 1e-5) - function(x - 1e-5)) / 2e-5
+        #expect(abs(Double(slope[3]) - difference) <= 1e-5, "slope of \(name) at \(x)")
+      }
+    }
+  }
+
+  @Test func valueAloneEqualsValueBesideSlope() {
+    var numbers = Numbers(4)
+    for _ in 0..<100 {
+      var u = Vector.zero
+      for lane in 0..<16 { u[lane] = numbers.next() * 8 }
+      #expect(Gelu.value(u) == Gelu.valueAndSlope(u).value)
+      #expect(GeluTanh.value(u) == GeluTanh.valueAndSlope(u).value)
+      #expect(Silu.value(u) == Silu.valueAndSlope(u).value)
+      #expect(Relu.value(u) == Relu.valueAndSlope(u).value)
+    }
+  }
+
+  @Test func exponentialIsWithinThreeUlp() {
+    for step in -8700...8800 {
+      let x = Float(step) / 100
+      let exact = exp(Double(x))
+      #expect(abs(Double(exponential(Vector(repeating: x))[0]) - exact) <= 3 * Double(Float(exact).ulp), "e^\(x)")
+    }
+    #expect(exponential(Vector(repeating: .nan))[0].isNaN)
+    #expect(exponential(Vector(repeating: -.infinity))[0] < 2e-38)
+  }
+
+  /// Small probabilities keep their relative precision: logits of -10 still get gradients.
+  @Test func normalTailIsRelative() {
+    for step in 0...1200 {
+      let x = -Double(step) / 100
+      let exact = Self.normalShare(Double(Float(x)))
+      #expect(abs(Double(normal(Vector(repeating: Float(x))).below[0]) - exact) <= 4e-6 * exact, "Φ(\(x))")
+    }
+  }
+}

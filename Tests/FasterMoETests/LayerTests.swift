@@ -1,0 +1,117 @@
+import Foundation
+import Testing
+
+@testable import FasterMoE
+
+/// One batch through a layer, everything that comes out of it.
+private struct Outcome: Equatable {
+  var choices: [Int32], output, gradTokens: [Float], gradients: [Float]
+}
+
+@Suite struct LayerTests {
+  private static let (n, d, h, experts) = (61, 20, 37, 5)
+
+  private static func group(threads: Int) throws -> Group {
+    var options = Group.Options()
+    options.threads = threads
+    return try Group(options)
+  }
+
+  private static func run(
+    threads: Int, choices k: Int = 2, activation: Activation = .gelu, order: [Int] = Array(0..<n), n: Int = n
+  ) throws -> Outcome {
+    let shape = try Shape(model: d, hidden: h, experts: experts, choices: k, activation: activation)
+    let layer = try Layer(group(threads: threads), shape, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
+    return try run(layer, order: order, n: n)
+  }
+
+  private static func run(_ layer: Layer, order: [Int] = Array(0..<n), n: Int = n) throws -> Outcome {
+    var numbers = Numbers(20)
+    let rows = (0..<Self.n).map { _ in (numbers.array(d), numbers.array(d)) }
+    let tokens = order.prefix(n).flatMap { rows[$0].0 }
+    let gradOutput = order.prefix(n).flatMap { rows[$0].1 }
+    var output = [Float](repeating: .nan, count: n * d)
+    var gradTokens = output
+    var choices: [Int32] = []
+    try tokens.withUnsafeBufferPointer { tokens in
+      let pass = try layer.gate(tokens: tokens.baseAddress, count: n)
+      choices = Array(UnsafeBufferPointer(start: pass.routing.choices, count: n * layer.shape.choices))
+      try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+      try gradOutput.withUnsafeBufferPointer { dy in
+        try gradTokens.withUnsafeMutableBufferPointer { dx in
+          try pass.backward(dy.baseAddress, gradTokens: dx.baseAddress, gradWeights: nil)
+        }
+      }
+      pass.end()
+    }
+    let gradients = Array(UnsafeBufferPointer(start: layer.gradients.base, count: layer.gradients.floats))
+    return Outcome(choices: choices, output: output, gradTokens: gradTokens, gradients: gradients)
+  }
+
+  @Test(arguments: [1, 2, 4], [Activation.gelu, .geluTanh, .relu, .silu, .swiglu])
+  func anyNumberOfThreadsGivesTheSameBits(k: Int, activation: Activation) throws {
+    let alone = try Self.run(threads: 1, choices: k, activation: activation)
+    for threads in [1, 2, 3, 8] {
+      #expect(try Self.run(threads: threads, choices: k, activation: activation) == alone, "\(threads) threads")
+    }
+  }
+
+  @Test func permutingTokensPermutesOutputs() throws {
+    let order = (0..<Self.n).map { ($0 * 17 + 5) % Self.n }
+    let straight = try Self.run(threads: 2)
+    let permuted = try Self.run(threads: 2, order: order)
+    for (place, token) in order.enumerated() {
+      #expect(permuted.output[place * Self.d..<(place + 1) * Self.d] == straight.output[token * Self.d..<(token + 1) * Self.d])
+    }
+  }
+
+  @Test func gradientsAddUpOverPasses() throws {
+    let shape = try Shape(model: Self.d, hidden: Self.h, experts: Self.experts, choices: 2, activation: .silu)
+    let layer = try Layer(Self.group(threads: 2), shape, losses: RouterLosses(), seed: 7)
+    let once = try Self.run(layer)
+    let twice = try Self.run(layer)
+    for (a, b) in zip(once.gradients, twice.gradients) { #expect(b == 2 * a) }
+    layer.zeroGradients()
+    #expect(try Self.run(layer) == once)
+  }
+
+  @Test func groupsOfTwoHostThreadsDoNotMeet() throws {
+    let alone = try Self.run(threads: 2)
+    let agreed = UnsafeMutablePointer<Int>.allocate(capacity: 4)
+    agreed.initialize(repeating: 0, count: 4)
+    defer { agreed.deallocate() }
+    nonisolated(unsafe) let places = agreed
+    DispatchQueue.concurrentPerform(iterations: 4) { host in
+      for _ in 0..<5 where (try? Self.run(threads: 2)) == alone { places[host] += 1 }
+    }
+    for host in 0..<4 { #expect(agreed[host] == 5) }
+  }
+
+  @Test func noTokensAndOneToken() throws {
+    let none = try Self.run(threads: 2, n: 0)
+    #expect(none.output.isEmpty && none.gradients.allSatisfy { $0 == 0 })
+    let one = try Self.run(threads: 2, n: 1)
+    #expect(one.output.allSatisfy(\.isFinite) && one.gradients.contains { $0 != 0 })
+  }
+}
+
+@Suite struct TopologyTests {
+  @Test func aDescriptionGivesItsCores() throws {
+    let machine = try Topology(description: "pack:2 [numa] l3:2 core:3 pu:2")
+    #expect(!machine.isThisMachine && machine.cores.count == 12)
+    #expect(machine.cores[0] == Topology.Core(package: 0, numaNode: 0, sharedCache: 0))
+    #expect(machine.cores[3] == Topology.Core(package: 0, numaNode: 0, sharedCache: 1))
+    #expect(machine.cores[11] == Topology.Core(package: 1, numaNode: 1, sharedCache: 3))
+  }
+
+  @Test func thisMachineHasCoresToPinTo() throws {
+    let machine = try Topology()
+    #expect(machine.isThisMachine && machine.cores.count >= 1)
+    #expect(machine.cores.count <= ProcessInfo.processInfo.activeProcessorCount)
+  }
+
+  @Test func nonsenseIsRefusedInWords() {
+    #expect(throws: Failure.self) { try Topology(description: "no such machine") }
+    #expect(throws: Failure.self) { try Topology(description: "/etc/hostname") }
+  }
+}
