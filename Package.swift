@@ -20,7 +20,8 @@ let package = Package(
   targets: [
     .systemLibrary(name: "CFasterMoE", path: "include"),
     .systemLibrary(name: "CHwloc", pkgConfig: "hwloc", providers: [.apt(["libhwloc-dev"])]),
-    .target(name: "FasterMoE", dependencies: ["CHwloc"], swiftSettings: core),
+    .systemLibrary(name: "CHints"),
+    .target(name: "FasterMoE", dependencies: ["CHints", "CHwloc"], swiftSettings: core),
     .target(
       name: "CAPI", dependencies: ["FasterMoE", "CFasterMoE"], exclude: ["exports.map"], swiftSettings: core,
       linkerSettings: [

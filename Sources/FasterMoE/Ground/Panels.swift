@@ -40,8 +40,11 @@ package struct Panels {
       let step = high &* Panels.lanes
       for i in 0..<high {
         let row = source(first &+ i)
+        // Rows may come from anywhere, where no processor foresees them.
+        let later = source(min(first &+ i &+ 3, rows &- 1))
         var to = panel(first) + i &* Panels.lanes
         for block in 0..<whole {
+          Prefetch.read(later + (block &* Panels.lanes))
           to.store(row.vector(at: block &* Panels.lanes))
           to += step
         }
@@ -58,83 +61,5 @@ package struct Panels {
       body(first, min(height, rows &- first))
       first &+= height
     }
-  }
-}
-
-/// 32 columns of the right factor of a product, depth × 32 floats, packed just before they are used.
-package enum Strip {
-  package static let width = 32
-
-  /// Columns `column..<column + 32` of a row-major `matrix` [depth, stride]; what lies behind `limit` becomes 0.
-  static func columns(
-    of matrix: UnsafePointer<Float>, stride: Int, depth: Int, from column: Int, limit: Int,
-    into strip: UnsafeMutablePointer<Float>
-  ) {
-    let first = min(16, limit - column)
-    let second = min(16, limit - column - 16)
-    var from = matrix + column
-    var to = strip
-    if second == 16 {
-      for _ in 0..<depth {
-        to.store(from.vector())
-        to.store(from.vector(at: 16), at: 16)
-        from += stride
-        to += 32
-      }
-    } else {
-      for _ in 0..<depth {
-        to.store(from.vector(at: 0, first: first))
-        to.store(second > 0 ? from.vector(at: 16, first: second) : .zero, at: 16)
-        from += stride
-        to += 32
-      }
-    }
-  }
-
-  /// Rows `row..<row + 32` of a row-major `matrix` [limit, depth], transposed; what lies behind `limit` becomes 0.
-  static func rows(
-    of matrix: UnsafePointer<Float>, depth: Int, from row: Int, limit: Int, into strip: UnsafeMutablePointer<Float>
-  ) {
-    for half in 0..<2 {
-      let first = row + half * 16
-      let present = min(16, limit - first)
-      let to = strip + half * 16
-      if present == 16 {
-        var k = 0
-        while k + 16 <= depth {
-          transpose(matrix + (first &* depth &+ k), stride: depth, into: to + (k &* 32))
-          k &+= 16
-        }
-        while k < depth {
-          for lane in 0..<16 { to[k &* 32 &+ lane] = matrix[(first &+ lane) &* depth &+ k] }
-          k &+= 1
-        }
-      } else {
-        for k in 0..<depth {
-          for lane in 0..<16 { to[k &* 32 &+ lane] = lane < present ? matrix[(first &+ lane) &* depth &+ k] : 0 }
-        }
-      }
-    }
-  }
-
-  /// A 16 × 16 block across its diagonal. Each round splits pairs of vectors into their even and odd lanes, which
-  /// turns the 8 bits of (vector, lane) by one; after four rounds vector and lane have changed places.
-  @inline(__always)
-  private static func transpose(_ from: UnsafePointer<Float>, stride: Int, into to: UnsafeMutablePointer<Float>) {
-    var v = InlineArray<16, Vector> { from.vector(at: $0 &* stride) }
-    var w = InlineArray<16, Vector>(repeating: .zero)
-    for _ in 0..<2 {
-      for i in 0..<8 {
-        let pair = SIMD32(lowHalf: v[unchecked: 2 &* i], highHalf: v[unchecked: 2 &* i &+ 1])
-        w[unchecked: i] = pair.evenHalf
-        w[unchecked: i &+ 8] = pair.oddHalf
-      }
-      for i in 0..<8 {
-        let pair = SIMD32(lowHalf: w[unchecked: 2 &* i], highHalf: w[unchecked: 2 &* i &+ 1])
-        v[unchecked: i] = pair.evenHalf
-        v[unchecked: i &+ 8] = pair.oddHalf
-      }
-    }
-    for i in 0..<16 { to.store(v[unchecked: i], at: i &* 32) }
   }
 }

@@ -28,34 +28,29 @@ extension PassContext {
     let slot = workspace.slot(thread)
     let first = Int(block.row) + rows.lowerBound
     slot.tokens.fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
-    for column in stride(from: 0, to: h, by: Strip.width) {
-      Strip.rows(of: expert.inward, depth: d, from: column, limit: h, into: desk.strip)
-      if let linear = expert.inwardLinear {
-        Strip.rows(of: linear, depth: d, from: column, limit: h, into: desk.secondStrip)
+    let inward = Factor(transposing: expert.inward, depth: d, columns: h)
+    let inwardLinear = expert.inwardLinear.map { Factor(transposing: $0, depth: d, columns: h) }
+    forEachTile(rows.count, inward, inwardLinear) { column, row, high in
+      Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.strip, depth: d, into: desk.tile)
+      if shape.activation.isGated {
+        Tiles.product(
+          panel: slot.tokens.panel(row), high: high, strip: desk.secondStrip, depth: d, into: desk.secondTile)
       }
-      Panels.forEach(rows: rows.count) { row, high in
-        Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.strip, depth: d, into: desk.tile)
-        if shape.activation.isGated {
-          Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.secondStrip, depth: d, into: desk.secondTile)
-        }
-        let tile = HiddenTile(
-          column: column, high: high, inner: store.inner.panel(first + row), innerLinear: store.innerLinear.panel(first + row),
-          hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
-        switch shape.activation {
-        case .gelu: tile.activate(Gelu.self, desk, bias: expert.inwardBias!, h)
-        case .geluTanh: tile.activate(GeluTanh.self, desk, bias: expert.inwardBias!, h)
-        case .relu: tile.activate(Relu.self, desk, bias: expert.inwardBias!, h)
-        case .silu: tile.activate(Silu.self, desk, bias: expert.inwardBias!, h)
-        case .swiglu: tile.activateGated(desk)
-        }
+      let tile = HiddenTile(
+        column: column, high: high, inner: store.inner.panel(first + row),
+        innerLinear: store.innerLinear.panel(first + row),
+        hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+      switch shape.activation {
+      case .gelu: tile.activate(Gelu.self, desk, bias: expert.inwardBias!, h)
+      case .geluTanh: tile.activate(GeluTanh.self, desk, bias: expert.inwardBias!, h)
+      case .relu: tile.activate(Relu.self, desk, bias: expert.inwardBias!, h)
+      case .silu: tile.activate(Silu.self, desk, bias: expert.inwardBias!, h)
+      case .swiglu: tile.activateGated(desk)
       }
     }
-    for column in stride(from: 0, to: d, by: Strip.width) {
-      Strip.rows(of: expert.outward, depth: h, from: column, limit: d, into: desk.strip)
-      Panels.forEach(rows: rows.count) { row, high in
-        Tiles.product(panel: slot.hidden.panel(row), high: high, strip: desk.strip, depth: h, into: desk.tile)
-        storeRows(first + row, high, column, bias: expert.outwardBias, adding: nil)
-      }
+    forEachTile(rows.count, Factor(transposing: expert.outward, depth: h, columns: d)) { column, row, high in
+      Tiles.product(panel: slot.hidden.panel(row), high: high, strip: desk.strip, depth: h, into: desk.tile)
+      storeRows(first + row, high, column, bias: expert.outwardBias, adding: nil)
     }
   }
 
@@ -97,7 +92,8 @@ extension PassContext {
       forEachToken { token in
         for column in stride(from: 0, to: shape.model, by: 16) {
           let width = min(16, shape.model - column)
-          gradTokens.store(sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
+          gradTokens.store(
+            sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
         }
         // Dropped slots have no row that would write theirs.
         for choice in 0..<shape.choices where store.routing.rows[token * shape.choices + choice] < 0 {
@@ -119,37 +115,32 @@ extension PassContext {
     slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradOutput + token(ofRow: first + $0) * d }
     for row in 0..<rows.count { scales[row] = store.routing.weights[Int(store.routing.slots[first + row])] }
     desk.rowSums.update(repeating: 0, count: rows.count * 16)
-    for column in stride(from: 0, to: h, by: Strip.width) {
-      Strip.columns(of: expert.outward, stride: h, depth: d, from: column, limit: h, into: desk.strip)
-      Panels.forEach(rows: rows.count) { row, high in
-        Tiles.product(
-          panel: slot.grads.panel(rows.lowerBound + row), high: high, strip: desk.strip, depth: d, into: desk.tile)
-        let tile = HiddenTile(
-          column: column, high: high, inner: store.inner.panel(first + row), innerLinear: store.innerLinear.panel(first + row),
-          hidden: slot.hidden.panel(rows.lowerBound + row), blocks: slot.hidden.blocks)
-        let sums = desk.rowSums + row * 16
-        switch shape.activation {
-        case .gelu: tile.deactivate(Gelu.self, desk, scales + row, sums)
-        case .geluTanh: tile.deactivate(GeluTanh.self, desk, scales + row, sums)
-        case .relu: tile.deactivate(Relu.self, desk, scales + row, sums)
-        case .silu: tile.deactivate(Silu.self, desk, scales + row, sums)
-        case .swiglu: tile.deactivateGated(desk, scales + row, sums)
-        }
+    forEachTile(rows.count, Factor(expert.outward, depth: d, columns: h)) { column, row, high in
+      Tiles.product(
+        panel: slot.grads.panel(rows.lowerBound + row), high: high, strip: desk.strip, depth: d, into: desk.tile)
+      let tile = HiddenTile(
+        column: column, high: high, inner: store.inner.panel(first + row),
+        innerLinear: store.innerLinear.panel(first + row),
+        hidden: slot.hidden.panel(rows.lowerBound + row), blocks: slot.hidden.blocks)
+      let sums = desk.rowSums + row * 16
+      switch shape.activation {
+      case .gelu: tile.deactivate(Gelu.self, desk, scales + row, sums)
+      case .geluTanh: tile.deactivate(GeluTanh.self, desk, scales + row, sums)
+      case .relu: tile.deactivate(Relu.self, desk, scales + row, sums)
+      case .silu: tile.deactivate(Silu.self, desk, scales + row, sums)
+      case .swiglu: tile.deactivateGated(desk, scales + row, sums)
       }
     }
-    for column in stride(from: 0, to: d, by: Strip.width) {
-      Strip.columns(of: expert.inward, stride: d, depth: h, from: column, limit: d, into: desk.strip)
-      if let linear = expert.inwardLinear {
-        Strip.columns(of: linear, stride: d, depth: h, from: column, limit: d, into: desk.secondStrip)
+    let inward = Factor(expert.inward, depth: h, columns: d)
+    let inwardLinear = expert.inwardLinear.map { Factor($0, depth: h, columns: d) }
+    forEachTile(rows.count, inward, inwardLinear) { column, row, high in
+      Tiles.product(panel: store.inner.panel(first + row), high: high, strip: desk.strip, depth: h, into: desk.tile)
+      if shape.activation.isGated {
+        Tiles.product(
+          panel: store.innerLinear.panel(first + row), high: high, strip: desk.secondStrip, depth: h,
+          into: desk.secondTile)
       }
-      Panels.forEach(rows: rows.count) { row, high in
-        Tiles.product(panel: store.inner.panel(first + row), high: high, strip: desk.strip, depth: h, into: desk.tile)
-        if shape.activation.isGated {
-          Tiles.product(
-            panel: store.innerLinear.panel(first + row), high: high, strip: desk.secondStrip, depth: h, into: desk.secondTile)
-        }
-        storeRows(first + row, high, column, bias: nil, adding: shape.activation.isGated ? desk.secondTile : nil)
-      }
+      storeRows(first + row, high, column, bias: nil, adding: shape.activation.isGated ? desk.secondTile : nil)
     }
     // ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
     for row in 0..<rows.count {
@@ -200,7 +191,8 @@ extension PassContext {
 
   /// gradient [left width, stride] += leftᵀ·right over `rows`, for the columns of `left` in `range`.
   func addOuter(
-    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, to gradient: UnsafeMutablePointer<Float>, stride: Int
+    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, to gradient: UnsafeMutablePointer<Float>,
+    stride: Int
   ) {
     // The right blocks of one round stay in the first caches while the left columns stream by.
     var block = 0
@@ -208,6 +200,10 @@ extension PassContext {
       let blocks = min(Tiles.outerBlocks, right.blocks - block)
       var column = range.lowerBound
       while column < range.upperBound {
+        Prefetch.write(
+          gradient + column * stride + block * 16, stride: stride,
+          rows: min(Tiles.outerRows, range.upperBound - column),
+          columns: blocks * 16)
         Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
         for i in 0..<min(Tiles.outerRows, range.upperBound - column) {
           let row = gradient + (column + i) * stride
@@ -226,14 +222,19 @@ extension PassContext {
 
   /// sums [width] += Σ over `rows` of the columns in `range`, each row times its scale.
   private func addSums(
-    _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?, to sums: UnsafeMutablePointer<Float>
+    _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?,
+    to sums: UnsafeMutablePointer<Float>
   ) {
     for column in stride(from: range.lowerBound, to: range.upperBound, by: 16) {
       var sum = Vector.zero
       Panels.forEach(rows: rows) { first, high in
         let at = panels.panel(first) + column * high
         for i in 0..<high {
-          if let scales { sum.addProduct(at.vector(at: i * 16), Vector(repeating: scales[first + i])) } else { sum += at.vector(at: i * 16) }
+          if let scales {
+            sum.addProduct(at.vector(at: i * 16), Vector(repeating: scales[first + i]))
+          } else {
+            sum += at.vector(at: i * 16)
+          }
         }
       }
       let width = min(16, panels.width - column)
@@ -242,6 +243,25 @@ extension PassContext {
   }
 
   // MARK: Rows
+
+  /// Packs one strip after another of a factor (and of a second of the same size) and, with each, visits all panels of
+  /// `rows` rows, asking meanwhile for the next strip's memory.
+  @inline(__always)
+  func forEachTile(
+    _ rows: Int, _ factor: Factor, _ second: Factor? = nil, _ body: (_ column: Int, _ row: Int, _ high: Int) -> Void
+  ) {
+    let panels = Panels.count(rows)
+    for column in stride(from: 0, to: factor.columns, by: Strip.width) {
+      factor.pack(column, into: desk.strip)
+      second?.pack(column, into: desk.secondStrip)
+      for panel in 0..<panels {
+        factor.prefetch(column + Strip.width, part: panel, of: panels)
+        second?.prefetch(column + Strip.width, part: panel, of: panels)
+        let row = panel * Panels.height
+        body(column, row, min(Panels.height, rows - row))
+      }
+    }
+  }
 
   /// Into how many tasks a block's rows are cut: few, since each task packs the expert's weights again.
   private func rowTasks(_ blocks: Int) -> Int {
@@ -265,7 +285,8 @@ extension PassContext {
   /// Writes a tile of `product` as rows of [R, d], plus a bias or another tile.
   @inline(__always)
   private func storeRows(
-    _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?, adding second: UnsafeMutablePointer<Float>?
+    _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
+    adding second: UnsafeMutablePointer<Float>?
   ) {
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
       let width = min(16, shape.model - half)
@@ -291,18 +312,33 @@ extension PassContext {
     return sum
   }
 
+  /// Asks for some columns of a token's rows in [R, d], which stand wherever their experts' rows do.
+  @inline(__always)
+  func prefetchRows(_ token: Int, _ column: Int, _ columns: Int) {
+    for slot in token * shape.choices..<(token + 1) * shape.choices {
+      let row = Int(store.routing.rows[slot])
+      if row >= 0 { Prefetch.read(store.rows + column, stride: shape.model, rows: row..<row + 1, columns: columns) }
+    }
+  }
+
   /// Shares all tokens among the threads.
   @inline(__always)
   private func forEachToken(_ body: (Int) -> Void) {
     let piece = 64
     while case let first = team.take() * piece, first < count {
-      for token in first..<min(first + piece, count) { body(token) }
+      let end = min(first + piece, count)
+      for token in first..<end {
+        prefetchRows(min(token + 2, end - 1), 0, shape.model)
+        body(token)
+      }
     }
   }
 }
 
 extension UnsafeMutablePointer<Float> {
-  @inline(__always) func vector(at offset: Int, first count: Int) -> Vector { UnsafePointer(self).vector(at: offset, first: count) }
+  @inline(__always) func vector(at offset: Int, first count: Int) -> Vector {
+    UnsafePointer(self).vector(at: offset, first: count)
+  }
 }
 
 /// Where 32 columns of hidden units of one panel stand, before and after the activation.
@@ -393,5 +429,7 @@ struct ExpertTensors {
 
 extension Layer {
   fileprivate func expert(_ block: Block) -> ExpertTensors { ExpertTensors(values, Int(block.expert), shape) }
-  fileprivate func expertGradients(_ block: Block) -> ExpertTensors { ExpertTensors(gradients, Int(block.expert), shape) }
+  fileprivate func expertGradients(_ block: Block) -> ExpertTensors {
+    ExpertTensors(gradients, Int(block.expert), shape)
+  }
 }

@@ -5,12 +5,9 @@ extension PassContext {
     let (d, experts) = (shape.model, shape.experts)
     while case let task = team.take(), let rows = gateRows(task) {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
-      for column in stride(from: 0, to: experts, by: Strip.width) {
-        Strip.rows(of: layer.values.gate, depth: d, from: column, limit: experts, into: desk.strip)
-        Panels.forEach(rows: rows.count) { first, high in
-          Tiles.product(panel: desk.tokens.panel(first), high: high, strip: desk.strip, depth: d, into: desk.tile)
-          store.logits.put(desk.tile, high: high, row: rows.lowerBound + first, column: column)
-        }
+      forEachTile(rows.count, Factor(transposing: layer.values.gate, depth: d, columns: experts)) { column, first, high in
+        Tiles.product(panel: desk.tokens.panel(first), high: high, strip: desk.strip, depth: d, into: desk.tile)
+        store.logits.put(desk.tile, high: high, row: rows.lowerBound + first, column: column)
       }
       let sums = layer.losses.needProbabilities ? store.probabilitySums + task * Panels.padded(experts) : nil
       sums?.update(repeating: 0, count: Panels.padded(experts))
@@ -49,17 +46,15 @@ extension PassContext {
     let (d, experts) = (shape.model, shape.experts)
     while case let task = team.take(), let rows = gateRows(task) {
       for token in rows { backwardThroughChoice(token) }
-      for column in stride(from: 0, to: d, by: Strip.width) {
-        Strip.columns(of: layer.values.gate, stride: d, depth: experts, from: column, limit: d, into: desk.strip)
-        Panels.forEach(rows: rows.count) { first, high in
-          let token = rows.lowerBound + first
-          Tiles.product(panel: store.logits.panel(token), high: high, strip: desk.strip, depth: experts, into: desk.tile)
-          for i in 0..<high {
-            for block in stride(from: column, to: min(column + Strip.width, d), by: 16) {
-              let width = min(16, d - block)
-              let sum = sumOfRows(token + i, block, width, weighted: false)
-              gradTokens.store(sum + desk.tile.vector(at: i * Strip.width + block - column), at: (token + i) * d + block, first: width)
-            }
+      forEachTile(rows.count, Factor(layer.values.gate, depth: experts, columns: d)) { column, first, high in
+        let token = rows.lowerBound + first
+        for i in 0..<high { prefetchRows(token + i, column, min(Strip.width, d - column)) }
+        Tiles.product(panel: store.logits.panel(token), high: high, strip: desk.strip, depth: experts, into: desk.tile)
+        for i in 0..<high {
+          for block in stride(from: column, to: min(column + Strip.width, d), by: 16) {
+            let width = min(16, d - block)
+            let sum = sumOfRows(token + i, block, width, weighted: false)
+            gradTokens.store(sum + desk.tile.vector(at: i * Strip.width + block - column), at: (token + i) * d + block, first: width)
           }
         }
       }

@@ -1,0 +1,153 @@
+import CHints
+
+/// The right factor of a product, read from a row-major weight matrix as it is or transposed.
+///
+/// It is used strip by strip: 32 of its columns, packed as depth × 32 floats just before they meet all rows.
+package struct Factor {
+  /// Rows of the factor, which are summed over, and its columns.
+  package let depth: Int
+  package let columns: Int
+  private let matrix: UnsafePointer<Float>
+  private let isTransposed: Bool
+
+  /// `matrix` [depth, columns] itself.
+  package init(_ matrix: UnsafePointer<Float>, depth: Int, columns: Int) {
+    (self.matrix, self.depth, self.columns, isTransposed) = (matrix, depth, columns, false)
+  }
+
+  /// `matrix` [columns, depth] transposed.
+  package init(transposing matrix: UnsafePointer<Float>, depth: Int, columns: Int) {
+    (self.matrix, self.depth, self.columns, isTransposed) = (matrix, depth, columns, true)
+  }
+
+  /// Packs the 32 columns from `column` on; zeros stand for columns behind the last.
+  package func pack(_ column: Int, into strip: UnsafeMutablePointer<Float>) {
+    if isTransposed {
+      Strip.rows(of: matrix, depth: depth, from: column, limit: columns, into: strip)
+    } else {
+      Strip.columns(of: matrix, stride: columns, depth: depth, from: column, limit: columns, into: strip)
+    }
+  }
+
+  /// Asks for share `part` of `parts` of what packing `column` will read, while a strip before it is in use.
+  @inline(__always)
+  package func prefetch(_ column: Int, part: Int, of parts: Int) {
+    let width = min(Strip.width, columns - column)
+    guard width > 0 else { return }
+    if isTransposed {
+      Prefetch.read(
+        matrix + column &* depth, stride: depth, rows: width &* part / parts..<width &* (part &+ 1) / parts, columns: depth)
+    } else {
+      Prefetch.read(matrix + column, stride: columns, rows: depth &* part / parts..<depth &* (part &+ 1) / parts, columns: width)
+    }
+  }
+}
+
+/// How a strip is packed.
+package enum Strip {
+  package static let width = 32
+
+  /// Columns `column..<column + 32` of a row-major `matrix` [depth, stride]; what lies behind `limit` becomes 0.
+  static func columns(
+    of matrix: UnsafePointer<Float>, stride: Int, depth: Int, from column: Int, limit: Int,
+    into strip: UnsafeMutablePointer<Float>
+  ) {
+    let first = min(16, limit - column)
+    let second = min(16, limit - column - 16)
+    var from = matrix + column
+    var to = strip
+    if second == 16 {
+      for _ in 0..<depth {
+        to.store(from.vector())
+        to.store(from.vector(at: 16), at: 16)
+        from += stride
+        to += 32
+      }
+    } else {
+      for _ in 0..<depth {
+        to.store(from.vector(at: 0, first: first))
+        to.store(second > 0 ? from.vector(at: 16, first: second) : .zero, at: 16)
+        from += stride
+        to += 32
+      }
+    }
+  }
+
+  /// Rows `row..<row + 32` of a row-major `matrix` [limit, depth], transposed; what lies behind `limit` becomes 0.
+  static func rows(
+    of matrix: UnsafePointer<Float>, depth: Int, from row: Int, limit: Int, into strip: UnsafeMutablePointer<Float>
+  ) {
+    for half in 0..<2 {
+      let first = row + half * 16
+      let present = min(16, limit - first)
+      let to = strip + half * 16
+      if present == 16 {
+        var k = 0
+        while k + 16 <= depth {
+          transpose(matrix + (first &* depth &+ k), stride: depth, into: to + (k &* 32))
+          k &+= 16
+        }
+        while k < depth {
+          for lane in 0..<16 { to[k &* 32 &+ lane] = matrix[(first &+ lane) &* depth &+ k] }
+          k &+= 1
+        }
+      } else {
+        for k in 0..<depth {
+          for lane in 0..<16 { to[k &* 32 &+ lane] = lane < present ? matrix[(first &+ lane) &* depth &+ k] : 0 }
+        }
+      }
+    }
+  }
+
+  /// A 16 × 16 block across its diagonal. Each round splits pairs of vectors into their even and odd lanes, which
+  /// turns the 8 bits of (vector, lane) by one; after four rounds vector and lane have changed places.
+  @inline(__always)
+  private static func transpose(_ from: UnsafePointer<Float>, stride: Int, into to: UnsafeMutablePointer<Float>) {
+    var v = InlineArray<16, Vector> { from.vector(at: $0 &* stride) }
+    var w = InlineArray<16, Vector>(repeating: .zero)
+    for _ in 0..<2 {
+      for i in 0..<8 {
+        let pair = SIMD32(lowHalf: v[unchecked: 2 &* i], highHalf: v[unchecked: 2 &* i &+ 1])
+        w[unchecked: i] = pair.evenHalf
+        w[unchecked: i &+ 8] = pair.oddHalf
+      }
+      for i in 0..<8 {
+        let pair = SIMD32(lowHalf: w[unchecked: 2 &* i], highHalf: w[unchecked: 2 &* i &+ 1])
+        v[unchecked: i] = pair.evenHalf
+        v[unchecked: i &+ 8] = pair.oddHalf
+      }
+    }
+    for i in 0..<16 { to.store(v[unchecked: i], at: i &* 32) }
+  }
+}
+
+/// Asks for memory that a later step will touch, so that it is near by then; the processor may ignore it.
+package enum Prefetch {
+  /// The cache line of one address.
+  @inline(__always) static func read(_ address: UnsafePointer<Float>) { hint_will_read(address) }
+
+  /// A piece of `columns` floats in each of some `rows` of a row-major matrix.
+  @inline(__always)
+  static func read(_ matrix: UnsafePointer<Float>, stride: Int, rows: Range<Int>, columns: Int) {
+    for row in rows {
+      var at = UnsafeRawPointer(matrix + row &* stride)
+      let end = at + (columns &* 4)
+      while at < end {
+        hint_will_read(at)
+        at += 64
+      }
+    }
+  }
+
+  @inline(__always)
+  static func write(_ matrix: UnsafeMutablePointer<Float>, stride: Int, rows: Int, columns: Int) {
+    for row in 0..<rows {
+      var at = UnsafeRawPointer(matrix + row &* stride)
+      let end = at + (columns &* 4)
+      while at < end {
+        hint_will_write(at)
+        at += 64
+      }
+    }
+  }
+}
