@@ -19,7 +19,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build demo test bench install uninstall examples format lint clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test bench install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -81,5 +81,23 @@ uninstall:
 stage: build
 	@$(MAKE) --no-print-directory install PREFIX=$(STAGE) >/dev/null
 
+# ---- the main job, the tests, the figures -------------------------------------------------------------------------
+DEMO_SECONDS ?= 135
+demo: stage
+	PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig $(MAKE) --no-print-directory -C examples/c BUILD=$(OUT)/examples RPATH=1 all
+	$(OUT)/examples/train_gpt --seconds $(DEMO_SECONDS)
+
+test: packages-test stage
+	Tests/all.sh $(STAGE)
+
+BENCH ?= --json $(OUT)/bench.json
+bench: packages-bench stage
+	gcc -std=gnu11 -O3 -march=native -Wall -Wextra Benchmarks/bench.c -o $(OUT)/bench \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe openblas) -Wl,-rpath,$(STAGE)/lib -lm -pthread
+	$(OUT)/bench $(BENCH)
+
+format:
+	$(SWIFT) format -i -r Sources Tests Package.swift
+
 clean:
-	rm -rf .build build
+	rm -rf .build build examples/c/build examples/cpp/build

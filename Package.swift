@@ -11,7 +11,8 @@ let wide = cpu == "skylake-avx512"
   let level: [String] = []
 #endif
 // The tile kernels are loops over constant counts; they only become registers when all of them are unrolled.
-let core: [SwiftSetting] = [.unsafeFlags(level + ["-Xllvm", "-unroll-threshold=3000"])]
+let core: [SwiftSetting] =
+  [.unsafeFlags(level + ["-Xllvm", "-unroll-threshold=3000"])]
   + (wide ? [.define("WIDE_VECTORS")] : [])
 
 let package = Package(
@@ -27,7 +28,8 @@ let package = Package(
       linkerSettings: [
         .unsafeFlags([
           "-static-stdlib", "-Xlinker", "--version-script=\(Context.packageDirectory)/Sources/CAPI/exports.map",
-          "-Xlinker", "--gc-sections", "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker", "nodelete",
+          "-Xlinker", "--gc-sections", "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker",
+          "nodelete",
         ])
       ]),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE"], swiftSettings: core),

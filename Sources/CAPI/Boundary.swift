@@ -82,7 +82,9 @@ func readOptions<T>(_ given: UnsafePointer<T>?, _ name: StaticString, smallest: 
     }
   }
   var options = zero
-  withUnsafeMutableBytes(of: &options) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(size, known))) }
+  withUnsafeMutableBytes(of: &options) {
+    $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(size, known)))
+  }
   return options
 }
 
@@ -103,7 +105,8 @@ func write<T>(_ value: T, to out: UnsafeMutablePointer<T>, room: Int) {
 /// A C handle owns one reference to its object.
 func handle(_ object: some AnyObject) -> OpaquePointer { OpaquePointer(Unmanaged.passRetained(object).toOpaque()) }
 
-func object<T: AnyObject>(_ handle: OpaquePointer?, _ name: StaticString, as type: T.Type = T.self) throws(Failure) -> T {
+func object<T: AnyObject>(_ handle: OpaquePointer?, _ name: StaticString, as type: T.Type = T.self) throws(Failure) -> T
+{
   Unmanaged<T>.fromOpaque(UnsafeRawPointer(try require(handle, name))).takeUnretainedValue()
 }
 

@@ -49,7 +49,9 @@ public func fmoe_group_create_local(
   answer { () throws(Failure) in
     let out = try require(out, "out")
     guard size >= 1 else { throw Failure(.argument, "size must be positive, not \(size)") }
-    guard size == 1 else { throw Failure(.unsupported, "a group of \(size) workers is not in this version yet, only of 1") }
+    guard size == 1 else {
+      throw Failure(.unsupported, "a group of \(size) workers is not in this version yet, only of 1")
+    }
     out[0] = handle(try Group(try groupOptions(options)))
   }
 }
@@ -75,7 +77,9 @@ public func fmoe_layer_create(
     let out = try require(out, "out")
     let given = try LayerOptions(options)
     out.pointee = handle(
-      try group.exclusively { () throws(Failure) in try Layer(group, given.shape, losses: given.losses, seed: given.seed) })
+      try group.exclusively { () throws(Failure) in
+        try Layer(group, given.shape, losses: given.losses, seed: given.seed)
+      })
   }
 }
 
@@ -100,7 +104,9 @@ public func fmoe_layer_gradients(_ layer: OpaquePointer!, _ out: UnsafeMutablePo
   }
 }
 
-private func writeTensors(_ t: Layer.Tensors, of layer: Layer, to out: UnsafeMutablePointer<fmoe_tensors>?) throws(Failure) {
+private func writeTensors(_ t: Layer.Tensors, of layer: Layer, to out: UnsafeMutablePointer<fmoe_tensors>?)
+  throws(Failure)
+{
   let out = try require(out, "out")
   write(
     fmoe_tensors(
@@ -142,7 +148,8 @@ public func fmoe_gate(
   answer { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     let out = try require(out, "out")
-    out.pointee = handle(try layer.group.exclusively { () throws(Failure) in try layer.gate(tokens: tokens, count: Int(n)) })
+    out.pointee = handle(
+      try layer.group.exclusively { () throws(Failure) in try layer.gate(tokens: tokens, count: Int(n)) })
   }
 }
 
@@ -177,7 +184,8 @@ public func fmoe_pass_routing(_ pass: OpaquePointer!, _ out: UnsafeMutablePointe
 
 @_cdecl("fmoe_plan") @implementation
 public func fmoe_plan(
-  _ pass: OpaquePointer!, _ options: UnsafePointer<fmoe_plan_options>!, _ report: UnsafeMutablePointer<fmoe_plan_report>!
+  _ pass: OpaquePointer!, _ options: UnsafePointer<fmoe_plan_options>!,
+  _ report: UnsafeMutablePointer<fmoe_plan_report>!
 ) -> fmoe_status {
   answer { () throws(Failure) in
     let pass: Pass = try object(pass, "pass")
@@ -232,12 +240,15 @@ public func fmoe_pass_destroy(_ pass: OpaquePointer!) {
 // MARK: Cluster
 
 @_cdecl("fmoe_cluster_of_group") @implementation
-public func fmoe_cluster_of_group(_ group: OpaquePointer!, _ out: UnsafeMutablePointer<OpaquePointer?>!) -> fmoe_status {
+public func fmoe_cluster_of_group(_ group: OpaquePointer!, _ out: UnsafeMutablePointer<OpaquePointer?>!) -> fmoe_status
+{
   unsupported("fmoe_cluster_of_group")
 }
 
 @_cdecl("fmoe_cluster_read") @implementation
-public func fmoe_cluster_read(_ path: UnsafePointer<CChar>!, _ out: UnsafeMutablePointer<OpaquePointer?>!) -> fmoe_status {
+public func fmoe_cluster_read(_ path: UnsafePointer<CChar>!, _ out: UnsafeMutablePointer<OpaquePointer?>!)
+  -> fmoe_status
+{
   unsupported("fmoe_cluster_read")
 }
 

@@ -8,7 +8,9 @@ func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -
   guard c.threads >= 0 else { throw Failure(.argument, "threads must not be negative, not \(c.threads)") }
   guard c.bind == 0 || c.bind == 1 else { throw Failure(.options, "bind is 0 or 1, not \(c.bind)") }
   guard c.reserved == 0 else { throw Failure(.options, "fmoe_group_options.reserved must be 0") }
-  guard c.timeout_seconds >= 0 else { throw Failure(.argument, "timeout_seconds must not be negative, not \(c.timeout_seconds)") }
+  guard c.timeout_seconds >= 0 else {
+    throw Failure(.argument, "timeout_seconds must not be negative, not \(c.timeout_seconds)")
+  }
   guard c.profile == nil else { throw Failure(.unsupported, "a profile of measured rates is not in this version yet") }
   var options = Group.Options()
   options.threads = Int(c.threads)
@@ -36,7 +38,9 @@ struct LayerOptions {
     default: throw Failure(.options, "activation \(c.activation) is none of FMOE_GELU ... FMOE_SWIGLU")
     }
     try LayerOptions.checkGate(Int(c.gate))
-    guard c.capacity_factor == 0 else { throw Failure(.options, "capacity_factor is set, but FMOE_GATE_TOPK has no capacity") }
+    guard c.capacity_factor == 0 else {
+      throw Failure(.options, "capacity_factor is set, but FMOE_GATE_TOPK has no capacity")
+    }
     guard c.remote_share == 0 else { throw Failure(.options, "remote_share is set, but FMOE_GATE_TOPK limits nothing") }
     for (loss, name) in [(c.balance_loss, "balance_loss"), (c.z_loss, "z_loss")] where !(loss >= 0 && loss.isFinite) {
       throw Failure(.argument, "\(name) must be a finite number, 0 or more, not \(loss)")
@@ -57,7 +61,9 @@ struct LayerOptions {
       FMOE_GATE_HIERARCHICAL: "FMOE_GATE_HIERARCHICAL",
     ]
     if let name = later[gate] { throw Failure(.unsupported, "gate \(name) is not in this version yet") }
-    guard gate == FMOE_GATE_TOPK else { throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL") }
+    guard gate == FMOE_GATE_TOPK else {
+      throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL")
+    }
   }
 }
 

@@ -80,7 +80,8 @@ import Testing
       let logSum = TopK.softmax(padded, experts: experts, into: &p)
       var gradient = [Float](repeating: 0, count: 16)
       losses.backward(
-        probabilities: p, logSum: logSum, shares: shares.map { Float($0) } + Array(repeating: 0, count: 9), experts: experts,
+        probabilities: p, logSum: logSum, shares: shares.map { Float($0) } + Array(repeating: 0, count: 9),
+        experts: experts,
         tokens: tokens, addingTo: &gradient)
       for e in 0..<experts {
         var (up, down) = (logits, logits)
@@ -121,7 +122,11 @@ import Testing
         let expected = live.sorted { (choices[$0], $0) < (choices[$1], $1) }
         #expect((0..<live.count).map { Int(routing.slots[$0]) } == expected)
         for slot in 0..<slots {
-          if choices[slot] < 0 { #expect(routing.rows[slot] == -1) } else { #expect(routing.slots[Int(routing.rows[slot])] == slot) }
+          if choices[slot] < 0 {
+            #expect(routing.rows[slot] == -1)
+          } else {
+            #expect(routing.slots[Int(routing.rows[slot])] == slot)
+          }
         }
         for e in 0..<experts {
           #expect(Int(routing.counts[e]) == choices.count { $0 == e })
@@ -132,7 +137,9 @@ import Testing
   }
 
   @Test func blocksCoverEveryRowOnceLargestFirst() throws {
-    for counts in [[0, 0], [1], [576], [577], [1760, 3, 0, 12, 1200], Array(repeating: 5, count: 40), [5000, 700, 1153]] {
+    for counts in [
+      [0, 0], [1], [576], [577], [1760, 3, 0, 12, 1200], Array(repeating: 5, count: 40), [5000, 700, 1153],
+    ] {
       let choices = counts.enumerated().flatMap { Array(repeating: Int32($0.offset), count: $0.element) }
       try Self.withRouting(choices, experts: counts.count) { routing in
         let most = Block.mostBlocks(slots: choices.count, experts: counts.count)

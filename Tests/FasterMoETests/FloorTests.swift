@@ -22,8 +22,10 @@ import Testing
   }
 
   private static func typesDeclared(in text: String) -> [String] {
-    code(text).matches(of: /(?:^|\n)(?:package |private |fileprivate |final )*(?:struct|class|enum|protocol|typealias) (\w+)/)
-      .map { String($0.1) }
+    code(text).matches(
+      of: /(?:^|\n)(?:package |private |fileprivate |final )*(?:struct|class|enum|protocol|typealias) (\w+)/
+    )
+    .map { String($0.1) }
   }
 
   @Test func everyFloorNamesOnlyItselfAndThoseBelow() {

@@ -44,7 +44,8 @@ struct Numbers {
   @Test func productsEqualDoubleLoops() {
     var numbers = Numbers(1)
     for rows in 1...70 {
-      for (depth, columns) in [(1, 1), (15, 33), (16, 32), (37, 53), (64, 48), (130, 16)] where rows % 5 == depth % 5 || rows < 13 {
+      for (depth, columns) in [(1, 1), (15, 33), (16, 32), (37, 53), (64, 48), (130, 16)]
+      where rows % 5 == depth % 5 || rows < 13 {
         let a = Self.matrix(rows, depth, &numbers)
         let b = Self.matrix(depth, columns, &numbers)
         let left = PanelMatrix(a, width: depth)
@@ -71,7 +72,8 @@ struct Numbers {
               for i in 0..<high {
                 for c in 0..<min(32, columns - column) {
                   let exact = (0..<depth).reduce(0.0) { $0 + Double(a[first + i][$1]) * Double(b[$1][column + c]) }
-                  #expect(abs(Double(tile[i * 32 + c]) - exact) <= Self.bound(terms: depth), "rows \(rows), depth \(depth)")
+                  #expect(
+                    abs(Double(tile[i * 32 + c]) - exact) <= Self.bound(terms: depth), "rows \(rows), depth \(depth)")
                 }
                 for c in min(32, columns - column)..<32 { #expect(tile[i * 32 + c] == 0) }
               }
@@ -136,14 +138,19 @@ struct Numbers {
   // MARK: Functions
 
   private static func normalShare(_ x: Double) -> Double { erfc(-x / 2.0.squareRoot()) / 2 }
-  private static let exact: [(name: String, kernel: @Sendable (Vector) -> (value: Vector, slope: Vector), value: @Sendable (Double) -> Double)] = [
-    ("gelu", Gelu.valueAndSlope, { $0 * normalShare($0) }),
-    ("gelu tanh", GeluTanh.valueAndSlope, { u in
-      u / (1 + exp(-2 * (2 / Double.pi).squareRoot() * (u + 0.044715 * u * u * u)))
-    }),
-    ("relu", Relu.valueAndSlope, { max($0, 0) }),
-    ("silu", Silu.valueAndSlope, { $0 / (1 + exp(-$0)) }),
-  ]
+  private static let exact:
+    [(name: String, kernel: @Sendable (Vector) -> (value: Vector, slope: Vector), value: @Sendable (Double) -> Double)] =
+      [
+        ("gelu", Gelu.valueAndSlope, { $0 * normalShare($0) }),
+        (
+          "gelu tanh", GeluTanh.valueAndSlope,
+          { u in
+            u / (1 + exp(-2 * (2 / Double.pi).squareRoot() * (u + 0.044715 * u * u * u)))
+          }
+        ),
+        ("relu", Relu.valueAndSlope, { max($0, 0) }),
+        ("silu", Silu.valueAndSlope, { $0 / (1 + exp(-$0)) }),
+      ]
 
   /// Values within 2e-6 of the larger of 1 and the argument, slopes of central differences within 1e-5.
   @Test func activationsEqualDoubleFunctions() {

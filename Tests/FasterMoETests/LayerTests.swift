@@ -61,7 +61,9 @@ private struct Outcome: Equatable {
     let straight = try Self.run(threads: 2)
     let permuted = try Self.run(threads: 2, order: order)
     for (place, token) in order.enumerated() {
-      #expect(permuted.output[place * Self.d..<(place + 1) * Self.d] == straight.output[token * Self.d..<(token + 1) * Self.d])
+      #expect(
+        permuted.output[place * Self.d..<(place + 1) * Self.d] == straight.output[token * Self.d..<(token + 1) * Self.d]
+      )
     }
   }
 

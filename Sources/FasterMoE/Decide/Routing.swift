@@ -67,7 +67,9 @@ package struct Block {
   /// Cuts every expert's rows into blocks of near-equal size, the largest first so that the last to finish are small.
   ///
   /// Blocks of an expert differ by a panel at most and the larger come first, so they keep their order.
-  package static func cut(firstRow: UnsafeMutablePointer<Int>, experts: Int, into blocks: UnsafeMutablePointer<Block>) -> Int {
+  package static func cut(firstRow: UnsafeMutablePointer<Int>, experts: Int, into blocks: UnsafeMutablePointer<Block>)
+    -> Int
+  {
     var places = InlineArray<50, Int>(repeating: 0)  // one more than mostPanels + 1
     func visit(_ body: (_ expert: Int, _ row: Int, _ panels: Int, _ rows: Int, _ isFirst: Bool) -> Void) {
       for expert in 0..<experts {

@@ -12,7 +12,9 @@ package struct Shape: Equatable {
     guard experts > 0 else { throw Failure(.argument, "experts must be positive, not \(experts)") }
     guard experts <= Int(Int32.max) else { throw Failure(.argument, "experts must fit 31 bits, not \(experts)") }
     guard choices > 0 else { throw Failure(.argument, "top_k must be positive, not \(choices)") }
-    guard choices <= experts else { throw Failure(.argument, "top_k is \(choices), but there are only \(experts) experts") }
+    guard choices <= experts else {
+      throw Failure(.argument, "top_k is \(choices), but there are only \(experts) experts")
+    }
     _ = try checkedProduct("experts x d_model x d_hidden", experts, model, hidden)
     self.model = model
     self.hidden = hidden

@@ -36,9 +36,11 @@ package struct Factor {
     guard width > 0 else { return }
     if isTransposed {
       Prefetch.read(
-        matrix + column &* depth, stride: depth, rows: width &* part / parts..<width &* (part &+ 1) / parts, columns: depth)
+        matrix + column &* depth, stride: depth, rows: width &* part / parts..<width &* (part &+ 1) / parts,
+        columns: depth)
     } else {
-      Prefetch.read(matrix + column, stride: columns, rows: depth &* part / parts..<depth &* (part &+ 1) / parts, columns: width)
+      Prefetch.read(
+        matrix + column, stride: columns, rows: depth &* part / parts..<depth &* (part &+ 1) / parts, columns: width)
     }
   }
 }

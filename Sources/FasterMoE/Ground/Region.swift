@@ -22,7 +22,8 @@ package struct Region: ~Copyable {
       guard let start = mmap(nil, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
         start != MAP_FAILED
       else { throw Region.exhausted(bytes, what) }
-      let aligned = UnsafeMutableRawPointer(bitPattern: (UInt(bitPattern: start) + UInt(hugePage) - 1) & ~(UInt(hugePage) - 1))!
+      let aligned = UnsafeMutableRawPointer(
+        bitPattern: (UInt(bitPattern: start) + UInt(hugePage) - 1) & ~(UInt(hugePage) - 1))!
       madvise(aligned, bytes, MADV_HUGEPAGE)
       base = aligned
       mapping = (start, mapped)

@@ -9,7 +9,8 @@ package enum Tiles {
   /// tile [high, 32] = panel [high, depth] · strip [depth, 32].
   @inline(__always)
   static func product(
-    panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int, into tile: UnsafeMutablePointer<Float>
+    panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int,
+    into tile: UnsafeMutablePointer<Float>
   ) {
     #if WIDE_VECTORS
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
@@ -49,7 +50,8 @@ package enum Tiles {
   #if !WIDE_VECTORS
     @inline(__always)
     private static func narrow<let M: Int>(
-      _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
+      _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
+      _ depth: Int,
       _ tile: UnsafeMutablePointer<Float>
     ) {
       ProductTile<M, 1>.run(panel, high, strip, depth, tile)

@@ -40,7 +40,9 @@ extension Vector {
 
   /// a·b + c, rounded once.
   @inline(__always) func times(_ factor: Vector, plus addend: Vector) -> Vector { addend.addingProduct(self, factor) }
-  @inline(__always) func times(_ factor: Vector, plus addend: Float) -> Vector { times(factor, plus: Vector(repeating: addend)) }
+  @inline(__always) func times(_ factor: Vector, plus addend: Float) -> Vector {
+    times(factor, plus: Vector(repeating: addend))
+  }
 }
 
 /// e^x to 2 ulp where the result is a normal number; below that 0 to within 1e-37, above that the largest power of two.

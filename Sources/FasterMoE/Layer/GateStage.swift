@@ -5,7 +5,8 @@ extension PassContext {
     let (d, experts) = (shape.model, shape.experts)
     while case let task = team.take(), let rows = gateRows(task) {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
-      forEachTile(rows.count, Factor(transposing: layer.values.gate, depth: d, columns: experts)) { column, first, high in
+      forEachTile(rows.count, Factor(transposing: layer.values.gate, depth: d, columns: experts)) {
+        column, first, high in
         Tiles.product(panel: desk.tokens.panel(first), high: high, strip: desk.strip, depth: d, into: desk.tile)
         store.logits.put(desk.tile, high: high, row: rows.lowerBound + first, column: column)
       }
@@ -54,7 +55,8 @@ extension PassContext {
           for block in stride(from: column, to: min(column + Strip.width, d), by: 16) {
             let width = min(16, d - block)
             let sum = sumOfRows(token + i, block, width, weighted: false)
-            gradTokens.store(sum + desk.tile.vector(at: i * Strip.width + block - column), at: (token + i) * d + block, first: width)
+            gradTokens.store(
+              sum + desk.tile.vector(at: i * Strip.width + block - column), at: (token + i) * d + block, first: width)
           }
         }
       }
@@ -67,7 +69,8 @@ extension PassContext {
       while let rows = gateRows(task) {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
         addOuter(
-          store.logits.from(rows.lowerBound), 0..<experts, columns, rows: rows.count, to: layer.gradients.gate + column, stride: d)
+          store.logits.from(rows.lowerBound), 0..<experts, columns, rows: rows.count, to: layer.gradients.gate + column,
+          stride: d)
         task += 1
       }
     }

@@ -52,7 +52,8 @@ package final class Layer {
       for slot in 0..<n * shape.choices where choices[slot] < -1 || choices[slot] >= shape.experts {
         throw Failure(
           .argument,
-          "choice \(slot % shape.choices) of token \(slot / shape.choices) is expert \(choices[slot]), not -1 or one of 0..\(shape.experts - 1)")
+          "choice \(slot % shape.choices) of token \(slot / shape.choices) is expert \(choices[slot]), not -1 or one of 0..\(shape.experts - 1)"
+        )
       }
     }
     let pass = try begin(tokens, n)
@@ -78,7 +79,8 @@ package final class Layer {
 
   func workspace() throws(Failure) -> Workspace {
     let threads = group.team.threads
-    return Workspace(shape, threads: threads, over: try group.workspace(bytes: Workspace(shape, threads: threads).bytes))
+    return Workspace(
+      shape, threads: threads, over: try group.workspace(bytes: Workspace(shape, threads: threads).bytes))
   }
 
   private static func tensors(_ block: borrowing Parameters) -> Tensors {

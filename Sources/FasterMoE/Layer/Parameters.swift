@@ -17,7 +17,8 @@ struct Parameters: ~Copyable {
       let matrix = shape.experts * shape.model * shape.hidden
       let gated = shape.activation.isGated
       return [
-        arena.take(shape.experts * shape.model), arena.take(matrix), gated ? nil : arena.take(shape.experts * shape.hidden),
+        arena.take(shape.experts * shape.model), arena.take(matrix),
+        gated ? nil : arena.take(shape.experts * shape.hidden),
         arena.take(matrix), gated ? nil : arena.take(shape.experts * shape.model), gated ? arena.take(matrix) : nil,
       ]
     }

@@ -86,7 +86,9 @@ package final class Pass: TeamWork {
   func begin(in layer: Layer, _ tokens: UnsafePointer<Float>?, _ n: Int) throws(Failure) {
     let shape = layer.shape
     guard n <= Int(Int32.max) / shape.choices else { throw Pass.tooMany(n) }
-    _ = try checkedProduct("n x (top_k x (d_model + d_hidden) + experts)", n, shape.choices * 2 * (shape.model + shape.hidden) + shape.experts)
+    _ = try checkedProduct(
+      "n x (top_k x (d_model + d_hidden) + experts)", n,
+      shape.choices * 2 * (shape.model + shape.hidden) + shape.experts)
     var size = Arena()
     _ = Store(shape, tokens: n, losses: layer.losses, &size)
     if capacity < size.bytes {
@@ -114,14 +116,17 @@ package final class Pass: TeamWork {
     store.expertSums.update(repeating: 0, count: shape.experts)
     var squares = 0.0
     for task in 0..<Pass.gateTasks(n) {
-      for expert in 0..<shape.experts { store.expertSums[expert] += Double(store.probabilitySums[task * padded + expert]) }
+      for expert in 0..<shape.experts {
+        store.expertSums[expert] += Double(store.probabilitySums[task * padded + expert])
+      }
       squares += store.squareSums[task]
     }
     balanceLoss = losses.balanceLoss(
       counts: store.routing.counts, sums: store.expertSums, experts: shape.experts, tokens: n, choices: shape.choices)
     zLoss = losses.z * squares / Double(n)
     for expert in 0..<padded {
-      store.shares[expert] = expert < shape.experts ? Float(Double(store.routing.counts[expert]) / Double(n * shape.choices)) : 0
+      store.shares[expert] =
+        expert < shape.experts ? Float(Double(store.routing.counts[expert]) / Double(n * shape.choices)) : 0
     }
   }
 
@@ -159,13 +164,19 @@ package final class Pass: TeamWork {
 
   /// Gradients: adds to the layer's, overwrites `gradTokens` [n, d] and, where wanted, `gradWeights` [n, k].
   package func backward(
-    _ gradOutput: UnsafePointer<Float>?, gradTokens: UnsafeMutablePointer<Float>?, gradWeights: UnsafeMutablePointer<Float>?
+    _ gradOutput: UnsafePointer<Float>?, gradTokens: UnsafeMutablePointer<Float>?,
+    gradWeights: UnsafeMutablePointer<Float>?
   ) throws(Failure) {
     guard stage == .forwarded else { throw wrongStage("backward") }
-    guard count == 0 || gradOutput != nil else { throw Failure(.argument, "grad_output is NULL, but there are \(count) tokens") }
-    guard count == 0 || gradTokens != nil else { throw Failure(.argument, "grad_tokens is NULL, but there are \(count) tokens") }
+    guard count == 0 || gradOutput != nil else {
+      throw Failure(.argument, "grad_output is NULL, but there are \(count) tokens")
+    }
+    guard count == 0 || gradTokens != nil else {
+      throw Failure(.argument, "grad_tokens is NULL, but there are \(count) tokens")
+    }
     guard gradWeights == nil || !isGated else {
-      throw Failure(.argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
+      throw Failure(
+        .argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
     }
     workspace = try layer!.workspace()
     self.gradOutput = gradOutput
@@ -206,7 +217,8 @@ package final class Pass: TeamWork {
     switch job {
     case .gate: context.chooseExperts()
     case .forward: context.forward(blocks: blocks, output: output!)
-    case .backward: context.backward(blocks: blocks, gradOutput: gradOutput!, gradTokens: gradTokens!, throughGate: isGated)
+    case .backward:
+      context.backward(blocks: blocks, gradOutput: gradOutput!, gradTokens: gradTokens!, throughGate: isGated)
     }
   }
 
@@ -219,7 +231,8 @@ package final class Pass: TeamWork {
       case .forwarded: "has gone forward"
       case .finished: "has gone backward"
       }
-    return Failure(.stage, "\(call) does not fit: the pass \(done); the order is gate or route, plan, forward, backward, each once")
+    return Failure(
+      .stage, "\(call) does not fit: the pass \(done); the order is gate or route, plan, forward, backward, each once")
   }
 
   private var capacity: Int {

@@ -59,7 +59,8 @@ private final class RateProbe: TeamWork {
     self.team = team
     let deskFloats = RateProbe.deskFloats
     memory = try Region(
-      bytes: (RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats) * MemoryLayout<Float>.stride,
+      bytes: (RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats)
+        * MemoryLayout<Float>.stride,
       for: "measuring the speed of products")
   }
 

@@ -34,7 +34,9 @@ package final class Topology {
 
   /// Ties the calling thread to core `index`; false where the system refuses.
   package func bindCallingThread(toCore index: Int) -> Bool {
-    guard isThisMachine, let core = hwloc_get_obj_by_type(handle, Topology.coreType(handle), UInt32(index)) else { return false }
+    guard isThisMachine, let core = hwloc_get_obj_by_type(handle, Topology.coreType(handle), UInt32(index)) else {
+      return false
+    }
     return hwloc_set_cpubind(handle, core.pointee.cpuset, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0
   }
 
@@ -49,7 +51,9 @@ package final class Topology {
       }
       guard hwloc_topology_set_synthetic(handle, description) == 0 else {
         throw Failure(
-          .topology, "topology '\(description)' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'")
+          .topology,
+          "topology '\(description)' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'"
+        )
       }
     }
     guard hwloc_topology_load(handle) == 0 else { throw Failure(.topology, "hwloc cannot discover this machine") }

@@ -107,7 +107,9 @@ package struct RouterLosses: Sendable {
   package var needProbabilities: Bool { balance != 0 || z != 0 }
 
   /// The balance loss of n tokens with k choices each, given Σ over tokens of each expert's probability.
-  package func balanceLoss(counts: UnsafePointer<Int64>, sums: UnsafePointer<Double>, experts: Int, tokens: Int, choices: Int) -> Double {
+  package func balanceLoss(
+    counts: UnsafePointer<Int64>, sums: UnsafePointer<Double>, experts: Int, tokens: Int, choices: Int
+  ) -> Double {
     guard balance != 0, tokens > 0 else { return 0 }
     var inner = 0.0
     for expert in 0..<experts { inner += Double(counts[expert]) * sums[expert] }

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Everything that must pass, from a built and staged library: Tests/all.sh PREFIX. `make test` calls it.
+set -u
+cd "$(dirname "$0")/.."
+prefix=$(realpath "$1")
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+passed=0 failed=0
+
+# step NAME COMMAND...: runs it, shows what it says if it fails, and counts.
+step() {
+  local name=$1 start=$SECONDS
+  shift
+  if "$@" >"$log" 2>&1; then
+    passed=$((passed + 1))
+    printf 'ok      %s (%d s)\n' "$name" $((SECONDS - start))
+    grep -hE '[0-9]+ passed, [0-9]+ failed|Test run with' "$log" | sed 's/^/          /'
+  else
+    failed=$((failed + 1))
+    printf 'FAILED  %s (%d s)\n' "$name" $((SECONDS - start))
+    grep -vE '^(✔|◇)' "$log" | tail -60
+  fi
+}
+
+format() { swift format lint --strict -r Sources Tests Package.swift; }
+
+# Swift tests of floors 0-3, optimised as shipped, for one CPU level.
+swift_tests() {
+  FASTERMOE_CPU=$1 swift test -c release -Xswiftc -enable-testing --disable-xctest --scratch-path ".build/test-$1"
+}
+
+thread_sanitizer() {
+  FASTERMOE_CPU=$1 swift test --sanitize=thread --disable-xctest --filter LayerTests --scratch-path .build/test-thread
+}
+
+c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" "$1"; }
+
+# The examples as a user builds them: pkg-config and nothing else.
+examples() {
+  local at=$1 cc=$2 cxx=$3 out
+  out=$(realpath -m ".build/examples/$cc") && export PKG_CONFIG_PATH=$at LD_LIBRARY_PATH=$prefix/lib
+  make -B -C examples/c CC="$cc" BUILD="$out" all && make -B -C examples/cpp CXX="$cxx" BUILD="$out" all &&
+    "$out/01_one_layer" && "$out/02_own_gate" && "$out/train_regression" && "$out/test_gpt" &&
+    "$out/train_gpt" --steps 30 --eval-every 15 --sample 40 --save-log "$out/log.csv" && [ "$(wc -l <"$out/log.csv")" -ge 30 ]
+}
+
+# The C program that the README shows, taken from the README.
+readme_program() {
+  local out=.build/readme
+  mkdir -p "$out"
+  awk '/^```c$/ {inside = 1; next} /^```$/ {inside = 0} inside' README.md >"$out/step.c"
+  [ -s "$out/step.c" ] || { echo "README.md shows no C program"; return 1; }
+  PKG_CONFIG_PATH=$prefix/lib/pkgconfig
+  export PKG_CONFIG_PATH
+  # shellcheck disable=SC2046
+  gcc -std=c99 -Wall -Wextra -Werror "$out/step.c" $(pkg-config --cflags --libs fastermoe) -o "$out/step" &&
+    LD_LIBRARY_PATH=$prefix/lib "$out/step"
+}
+
+cmake_package() {
+  local out=.build/cmake
+  rm -rf "$out" && mkdir -p "$out"
+  cp examples/c/01_one_layer.c "$out/"
+  cat >"$out/CMakeLists.txt" <<'END'
+cmake_minimum_required(VERSION 3.16)
+project(consumer C)
+find_package(FasterMoE 0.1 REQUIRED)
+add_executable(one_layer 01_one_layer.c)
+target_link_libraries(one_layer PRIVATE FasterMoE::fastermoe m)
+END
+  cmake -S "$out" -B "$out/build" -DCMAKE_PREFIX_PATH="$prefix" && cmake --build "$out/build" && "$out/build/one_layer"
+}
+
+# Installed under DESTDIR and taken away again, nothing may be left.
+uninstall() {
+  local root
+  root=$(mktemp -d)
+  make --no-print-directory install DESTDIR="$root" PREFIX=/opt/fastermoe &&
+    grep -q '^prefix=/opt/fastermoe$' "$root/opt/fastermoe/lib/pkgconfig/fastermoe.pc" &&
+    make --no-print-directory uninstall DESTDIR="$root" PREFIX=/opt/fastermoe
+  local left
+  left=$(find "$root" ! -type d)
+  rm -rf "$root"
+  [ -z "$left" ] || { echo "left behind: $left"; return 1; }
+}
+
+case $(uname -m) in x86_64) base=haswell ;; *) base=native ;; esac
+step "format" format
+step "Swift tests" swift_tests "$base"
+if grep -q avx512vl /proc/cpuinfo; then step "Swift tests, AVX-512" swift_tests skylake-avx512; fi
+step "thread sanitizer" thread_sanitizer "$base"
+step "C and C++ interface, gcc and clang" c_interface test
+step "C interface under valgrind" c_interface valgrind
+step "C interface under the address sanitizer" c_interface asan
+step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
+step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
+step "README program" readme_program
+step "CMake package" cmake_package
+step "uninstall" uninstall
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
