@@ -12,7 +12,15 @@
  *             groups never interfere.  "Collective" calls are made by all W ranks in one order.
  * Failure.    Every fallible call returns fmoe_status; out-parameters are written only on FMOE_OK.
  *             The library never exits, prints, traps on bad input or installs signal handlers.
- * Options.    Set struct_size to sizeof the struct and zero the rest: a zero field means its default. */
+ * Options.    Set struct_size to sizeof the struct and zero the rest: a zero field means its default.
+ *             A struct of an older header is shorter: what it lacks is default.  One of a newer header is longer: it is
+ *             taken if all that this library does not know is zero, else FMOE_ERROR_OPTIONS.  Structs that the library
+ *             fills tell their room by struct_size and get back how many bytes were written.
+ * Not a       A NaN or an infinity in a token makes that token's output row and gradients not finite, and with them the
+ * number.     gradients of the experts that computed it and of the gate; no other token's output changes by a bit.
+ * Same bits.  The same calls on the same data give the same bits, for any number of threads.
+ * This        version has groups of one worker and FMOE_GATE_TOPK.  A call or an option that is declared here and not
+ * version     there yet returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
 #ifndef FASTERMOE_H
 #define FASTERMOE_H
 #include <stdint.h>
@@ -51,7 +59,9 @@ typedef struct fmoe_layer fmoe_layer;     /* parameters and gradients of one MoE
 typedef struct fmoe_pass fmoe_pass;       /* one batch on its trip through one layer                  */
 typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers, links, rates         */
 
-/* ---- group: who works together, over what, on which cores --------------------------------- */
+/* ---- group: who works together, over what, on which cores ---------------------------------
+ * A rank computes on threads of its own, one for each core that the creating thread may run on, asleep between calls.
+ * Calls on a group and on all that hangs from it are taken one at a time; a second host thread waits. */
 typedef struct fmoe_message {             /* one leg of an exchange */
   int32_t peer;                           /* 0..W-1, never this rank */
   int32_t receiving;                      /* 0: bytes go to peer; 1: peer's bytes arrive here */
@@ -75,7 +85,8 @@ typedef struct fmoe_group_options {
   int32_t bind;                           /* 0 pin threads to cores as hwloc says, 1 leave them to the scheduler */
   int32_t reserved;
   double timeout_seconds;                 /* longest wait for a peer; default: forever */
-  const char *topology;                   /* hwloc XML path or synthetic string; default: this machine */
+  const char *topology;                   /* hwloc XML path or synthetic string; default: this machine.  What is described
+                                             gives the number of threads; they are only pinned on this machine */
   const char *profile;                    /* file of measured rates: read if there, written by fmoe_group_calibrate */
 } fmoe_group_options;
 fmoe_status fmoe_group_create(const fmoe_transport *transport, const fmoe_group_options *options /* NULL: defaults */,
@@ -83,15 +94,17 @@ fmoe_status fmoe_group_create(const fmoe_transport *transport, const fmoe_group_
 fmoe_status fmoe_group_create_local(int32_t size, const fmoe_group_options *options /* NULL: defaults */,
                                     fmoe_group **out /* [size] */); /* ranks as threads of this process; size 1: alone */
 fmoe_status fmoe_group_calibrate(fmoe_group *group, double seconds /* to spend, about */); /* collective */
-void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below */
+void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below; what hangs from it may be destroyed later */
 
 /* ---- layer -------------------------------------------------------------------------------- */
 enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWIGLU = 4 };
+/* FMOE_GATE_TOPK: the k highest logits x·gate choose, ties go to the lower expert, NaN ranks lowest; the weights are a
+ * softmax over the k chosen logits, or, for k = 1, the softmax probability over all experts. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
        FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6 };
 typedef struct fmoe_layer_options {
   uint32_t struct_size;
-  int32_t top_k;                          /* default: what the gate is known for, else 2 */
+  int32_t top_k;                          /* default: what the gate is known for, else 2; at most E */
   int64_t d_model;                        /* d, required */
   int64_t d_hidden;                       /* h, required */
   int64_t experts;                        /* E, required, a multiple of W */
@@ -99,14 +112,16 @@ typedef struct fmoe_layer_options {
   int32_t gate;                           /* FMOE_GATE_TOPK ... */
   uint64_t seed;                          /* of initial weights and of every random choice; equal on all ranks */
   double capacity_factor;                 /* gates with a capacity: its factor; default: the gate's own */
-  double balance_loss;                    /* coefficient of the load-balancing loss; default 0 */
-  double z_loss;                          /* coefficient of the router z-loss; default 0 */
+  double balance_loss;                    /* a of a·E·sum_e f_e·P_e (f: share of all choices, P: mean probability); default 0 */
+  double z_loss;                          /* a of a·mean over tokens of (log sum_e exp logit_e)^2; default 0 */
   double remote_share;                    /* topology gates: most tokens that may leave the node, (0, 1]; default: as predicted */
 } fmoe_layer_options;
 #define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 fmoe_status fmoe_layer_create(fmoe_group *group /* kept */, const fmoe_layer_options *options, fmoe_layer **out); /* collective */
-void fmoe_layer_destroy(fmoe_layer *layer);
+void fmoe_layer_destroy(fmoe_layer *layer); /* passes under way may still be used and destroyed */
 
+/* Values start uniform in +-1/sqrt(inputs), the same for any W.  u = w1·x + b1, a = activation(u), out = w2·a + b2;
+ * SwiGLU: a = silu(w1·x) * (w3·x), out = w2·a.  A token's output is the sum over its choices of weight·out. */
 typedef struct fmoe_tensors {             /* values or gradients; borrowed until fmoe_layer_destroy */
   uint32_t struct_size;
   int32_t local_experts;                  /* E/W */
@@ -123,12 +138,14 @@ fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer); /* collective: of th
 fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path); /* collective; safetensors, any W reads it back */
 fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path); /* collective */
 
-/* ---- one step: gate, plan, forward, backward, in this order, each once --------------------- */
+/* ---- one step: gate, plan, forward, backward, in this order, each once ---------------------
+ * Plan and backward may be left out.  Several passes of one layer may be under way.  Backward adds to the layer's
+ * gradients, those of the balance and z losses included.  Outputs must not overlap tokens. */
 typedef struct fmoe_routing {             /* borrowed until the pass is destroyed */
   uint32_t struct_size;
   int32_t top_k;
   int64_t tokens;                         /* n */
-  const int32_t *choices;                 /* [n, k] expert of 0..E-1, or -1: dropped */
+  const int32_t *choices;                 /* [n, k] expert of 0..E-1, or -1: dropped, which adds nothing to the output */
   const float *weights;                   /* [n, k] */
   const int64_t *counts;                  /* [E] this rank's tokens for each expert */
   double balance_loss, z_loss;            /* coefficients included */
@@ -141,14 +158,15 @@ typedef struct fmoe_plan_options {
   int32_t group_size;                     /* workers per exchange step */
   const uint8_t *shadows;                 /* [E] 0/1, equal on all ranks; read only when shadowing is 2 */
 } fmoe_plan_options;
-typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch */
+typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch; the first report that a
+                                             group is asked for measures its speed, which takes about 20 ms */
   uint32_t struct_size;                   /* in: room; out: bytes written */
   int32_t shadows;                        /* experts shadowed */
   int32_t group_size, steps;
   double seconds_plain;                   /* no shadow, no overlap */
   double seconds_planned;                 /* this plan */
   double seconds_ideal;                   /* the larger of computing and communicating, perfectly overlapped */
-  double compute_over_communicate;        /* R_CC of the roofline */
+  double compute_over_communicate;        /* R_CC of the roofline; infinite where nothing is sent */
   double flops_per_worker;                /* P-bar of the roofline, flop/s */
 } fmoe_plan_report;
 fmoe_status fmoe_gate(fmoe_layer *layer /* kept */, const float *tokens /* [n, d], kept until backward */, int64_t n,
@@ -161,9 +179,10 @@ fmoe_status fmoe_plan(fmoe_pass *pass, const fmoe_plan_options *options /* NULL:
                       fmoe_plan_report *report /* may be NULL */); /* collective */
 fmoe_status fmoe_forward(fmoe_pass *pass, float *output /* [n, d] */); /* collective; plans if fmoe_plan was not called */
 fmoe_status fmoe_backward(fmoe_pass *pass, const float *grad_output /* [n, d] */, float *grad_tokens /* [n, d], overwritten */,
-                          float *grad_weights /* [n, k] of fmoe_route's weights; else NULL */); /* collective */
+                          float *grad_weights /* [n, k] of fmoe_route's weights, overwritten, may be NULL; NULL after
+                                                 fmoe_gate */); /* collective */
 fmoe_status fmoe_pass_write_timeline(fmoe_pass *pass, const char *path); /* what ran when: Chrome trace JSON */
-void fmoe_pass_destroy(fmoe_pass *pass);
+void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the layer's next passes */
 
 /* ---- cluster: predict without running ------------------------------------------------------ */
 fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* discovered and calibrated; collective */

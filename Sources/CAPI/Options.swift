@@ -4,7 +4,7 @@ import FasterMoE
 // The C options structs, read into the library's own types.
 
 func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -> Group.Options {
-  let c = try readOptions(given, "fmoe_group_options", smallest: 8, zero: fmoe_group_options())
+  let c = try readOptions(given, "fmoe_group_options", smallest: 4, zero: fmoe_group_options())
   guard c.threads >= 0 else { throw Failure(.argument, "threads must not be negative, not \(c.threads)") }
   guard c.bind == 0 || c.bind == 1 else { throw Failure(.options, "bind is 0 or 1, not \(c.bind)") }
   guard c.reserved == 0 else { throw Failure(.options, "fmoe_group_options.reserved must be 0") }
@@ -15,7 +15,7 @@ func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -
   var options = Group.Options()
   options.threads = Int(c.threads)
   options.pins = c.bind == 0
-  options.topology = c.topology.map { String(cString: $0) }
+  options.topology = c.topology
   return options
 }
 
@@ -68,7 +68,7 @@ struct LayerOptions {
 }
 
 func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throws(Failure) -> PlanRequest {
-  let c = try readOptions(given, "fmoe_plan_options", smallest: 8, zero: fmoe_plan_options())
+  let c = try readOptions(given, "fmoe_plan_options", smallest: 4, zero: fmoe_plan_options())
   guard let shadowing = PlanRequest.Shadowing(rawValue: Int(c.shadowing)) else {
     throw Failure(.options, "shadowing is 0 to 4, not \(c.shadowing)")
   }

@@ -65,7 +65,7 @@ extension PassContext {
   ) {
     let rowTasks = rowTasks(blocks)
     let weightTasks = self.weightTasks
-    let ahead = workspace.slots - 2
+    let ahead = workspace.slots - 1
     let perBlock = rowTasks + weightTasks
     while case let task = team.take(), task < (blocks + ahead) * perBlock {
       let (round, part) = task.quotientAndRemainder(dividingBy: perBlock)

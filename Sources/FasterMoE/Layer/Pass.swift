@@ -145,10 +145,9 @@ package final class Pass: TeamWork {
   package func plan(_ request: PlanRequest, wantsReport: Bool) throws(Failure) -> PlanReport? {
     guard stage == .gated else { throw wrongStage("plan") }
     try request.check(workers: 1)
+    let rates = wantsReport ? try group.rates() : nil
     stage = .planned
-    guard wantsReport else { return nil }
-    let shape = layer!.shape
-    return PlanReport.alone(counts: store.routing.counts, shape: shape, rates: try layer!.group.rates())
+    return rates.map { PlanReport.alone(counts: store.routing.counts, shape: shape, rates: $0) }
   }
 
   /// y [n, d] of the batch.

@@ -49,7 +49,7 @@ struct Workspace {
     self.shape = shape
     self.threads = threads
     self.base = base
-    slots = threads + 1
+    slots = threads
     var arena = Arena()
     _ = Workspace.desk(shape, &arena)
     deskBytes = arena.bytes

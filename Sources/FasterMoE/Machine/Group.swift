@@ -7,8 +7,8 @@ package final class Group {
     package var threads = 0
     /// Whether each thread is tied to its core.
     package var pins = true
-    /// An hwloc XML file or synthetic string instead of this machine.
-    package var topology: String?
+    /// An hwloc XML file or synthetic string instead of this machine; read by init alone. A path is bytes, not text.
+    package var topology: UnsafePointer<CChar>?
     package init() {}
   }
 
@@ -16,11 +16,9 @@ package final class Group {
   package let team: Team
   private var workspace: Region?
   private var measuredRates: ComputeRates?
-  private let lock = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
+  private let lock: UnsafeMutablePointer<pthread_mutex_t>
 
   package init(_ options: Options) throws(Failure) {
-    lock.initialize(to: pthread_mutex_t())
-    pthread_mutex_init(lock, nil)
     let topology = try Topology(description: options.topology)
     self.topology = topology
     let threads = options.threads == 0 ? max(1, topology.cores.count) : options.threads
@@ -30,6 +28,10 @@ package final class Group {
     // Where the system refuses to tie a thread, as some containers do, its scheduler places it.
     let pins = options.pins && topology.isThisMachine && threads <= topology.cores.count
     team = try Team(threads: threads) { if pins { _ = topology.bindCallingThread(toCore: $0) } }
+    // Last, since nothing would give it back if the others failed.
+    lock = .allocate(capacity: 1)
+    lock.initialize(to: pthread_mutex_t())
+    pthread_mutex_init(lock, nil)
   }
 
   deinit {

@@ -15,7 +15,7 @@ package final class Topology {
   package let cores: [Core]
 
   /// Discovers this machine, or reads `description`: an hwloc synthetic string ("pack:2 core:4 pu:1") or an XML file.
-  package init(description: String? = nil) throws(Failure) {
+  package init(description: UnsafePointer<CChar>? = nil) throws(Failure) {
     var made: hwloc_topology_t?
     guard hwloc_topology_init(&made) == 0, let made else { throw Failure(.memory, "hwloc cannot make a topology") }
     do throws(Failure) {
@@ -40,19 +40,19 @@ package final class Topology {
     return hwloc_set_cpubind(handle, core.pointee.cpuset, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0
   }
 
-  private static func load(_ handle: hwloc_topology_t, _ description: String?) throws(Failure) {
+  private static func load(_ handle: hwloc_topology_t, _ description: UnsafePointer<CChar>?) throws(Failure) {
     if let description {
       // A path has a file behind it; every other text can only be a synthetic description.
       if access(description, F_OK) == 0 {
         guard hwloc_topology_set_xml(handle, description) == 0, hwloc_topology_load(handle) == 0 else {
-          throw Failure(.topology, "topology file '\(description)' is not hwloc XML")
+          throw Failure(.topology, "topology file '\(String(cString: description))' is not hwloc XML")
         }
         return
       }
       guard hwloc_topology_set_synthetic(handle, description) == 0 else {
         throw Failure(
           .topology,
-          "topology '\(description)' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'"
+          "topology '\(String(cString: description))' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'"
         )
       }
     }

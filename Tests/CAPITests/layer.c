@@ -1,0 +1,550 @@
+/* layer.c: what a layer computes, against the oracle; and that it computes the same bits again.
+ * `layer small` keeps the sizes small enough for valgrind. */
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "check.h"
+#include "oracle.h"
+
+/* Largest difference allowed, relative to the largest value of the same tensor.  The library sums in float32: 2^-24 for
+ * each rounding, sums of up to a few thousand terms, and the polynomials of its activations; about ten times that. */
+static const double rounding = 2e-5;
+/* Of the oracle with the twelve printed digits of the golden vectors, relative. */
+static const double printed = 1e-11;
+/* Of the library with the golden vectors, relative: checksums add values of both signs, weighted up to 7. */
+static const double golden = 1e-5;
+/* Central differences with step 1e-5 in Double: 1e-10 of truncation, 1e-11 / 1e-5 of cancellation, some room. */
+static const double differences = 2e-6;
+static const uint64_t seed = 20220404;
+static const char *names[TENSORS] = {"gate", "w1", "b1", "w2", "b2", "w3"};
+static int small;
+
+/* ---- one problem, in the oracle and in the library ----------------------------------------- */
+
+/* Values are rounded to float32, so that both sides start from the same numbers. */
+static void fill_float(double *values, int64_t count, double scale, uint64_t *state) {
+  fill(values, count, scale, state);
+  for (int64_t i = 0; i < count; i++) values[i] = (float)values[i];
+}
+
+static oracle *problem(int64_t n, int64_t k, int64_t E, int64_t d, int64_t h, int32_t activation) {
+  uint64_t state = seed + (uint64_t)(n + 1000 * k + 10000 * activation);
+  oracle *o = oracle_create(n, k, E, d, h, activation);
+  fill_float(o->x, n * d, 1, &state);
+  fill_float(o->grad_y, n * d, 1, &state);
+  for (int t = 0; t < TENSORS; t++) {
+    double scale = t == B1 || t == B2 ? 0.1 : 2 / sqrt((double)(t == W2 ? h : d)); /* values stay about 1 */
+    fill_float(o->values[t], o->sizes[t], scale, &state);
+  }
+  return o;
+}
+
+/* The caller's own routing: any expert, also twice for one token, every seventh slot dropped. */
+static void route_by_hand(oracle *o) {
+  uint64_t state = seed;
+  o->routed = 1;
+  fill_float(o->weight, o->tokens * o->choices, 1, &state);
+  for (int64_t s = 0; s < o->tokens * o->choices; s++)
+    o->choice[s] = s % 7 == 3 ? -1 : (int32_t)(uniform(&state) * (double)o->experts);
+}
+
+static void tensors_of(const fmoe_tensors *t, float *list[TENSORS]) {
+  float *in_order[TENSORS] = {t->gate, t->w1, t->b1, t->w2, t->b2, t->w3};
+  memcpy(list, in_order, sizeof in_order);
+}
+
+static fmoe_group *group_with(int32_t threads) {
+  fmoe_group_options options = {.struct_size = sizeof options, .threads = threads, .bind = 1};
+  fmoe_group *group = NULL;
+  if (!EXPECT(FMOE_OK, fmoe_group_create_local(1, &options, &group))) exit(summary());
+  return group;
+}
+
+static fmoe_layer *layer_of(fmoe_group *group, const oracle *o) {
+  fmoe_layer_options options = {.struct_size = sizeof options, .top_k = (int32_t)o->choices, .d_model = o->model,
+                                .d_hidden = o->hidden, .experts = o->experts, .activation = o->activation,
+                                .balance_loss = o->balance, .z_loss = o->z};
+  fmoe_tensors tensors = {.struct_size = sizeof tensors};
+  fmoe_layer *layer = NULL;
+  float *values[TENSORS];
+  if (!EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layer))) exit(summary());
+  if (!EXPECT(FMOE_OK, fmoe_layer_values(layer, &tensors))) exit(summary());
+  CHECK(tensors.local_experts == o->experts && tensors.first_expert == 0, "all experts are here");
+  tensors_of(&tensors, values);
+  for (int t = 0; t < TENSORS; t++) {
+    CHECK((values[t] != NULL) == (o->sizes[t] > 0), "%s is there exactly if it has elements", names[t]);
+    for (int64_t i = 0; i < o->sizes[t]; i++) values[t][i] = (float)o->values[t][i];
+  }
+  return layer;
+}
+
+/* One batch in the library: its arguments, results and parts, in one block so that runs compare as bits. */
+typedef struct batch {
+  const oracle *o;
+  fmoe_pass *pass;
+  int32_t *choice;
+  float *block, *x, *grad_y, *weight, *y, *grad_x, *grad_weight, *gradients[TENSORS];
+  int64_t size;
+} batch;
+
+static batch batch_of(const oracle *o) {
+  batch b = {.o = o};
+  int64_t rows = o->tokens * o->model, slots = o->tokens * o->choices, at = 0;
+  struct { float **part; int64_t size; const double *from; } parts[6 + TENSORS] = {
+      {&b.x, rows, o->x}, {&b.grad_y, rows, o->grad_y}, {&b.weight, slots, o->weight},
+      {&b.y, rows, NULL}, {&b.grad_x, rows, NULL},      {&b.grad_weight, slots, NULL}};
+  for (int t = 0; t < TENSORS; t++) parts[6 + t].part = &b.gradients[t], parts[6 + t].size = o->sizes[t];
+  for (int p = 0; p < 6 + TENSORS; p++) b.size += parts[p].size;
+  b.block = calloc((size_t)b.size + 1, sizeof(float));
+  b.choice = calloc((size_t)slots + 1, sizeof(int32_t));
+  if (!b.block || !b.choice) abort();
+  memcpy(b.choice, o->choice, (size_t)slots * sizeof(int32_t));
+  for (int p = 0; p < 6 + TENSORS; at += parts[p++].size) {
+    *parts[p].part = b.block + at;
+    for (int64_t i = 0; parts[p].from && i < parts[p].size; i++) b.block[at + i] = (float)parts[p].from[i];
+  }
+  for (int64_t i = 0; i < rows; i++) b.y[i] = b.grad_x[i] = 7; /* both are overwritten */
+  return b;
+}
+
+static void batch_free(batch *b) {
+  fmoe_pass_destroy(b->pass);
+  free(b->block), free(b->choice);
+}
+
+static void begin(batch *b, fmoe_layer *layer) {
+  if (b->o->routed) EXPECT(FMOE_OK, fmoe_route(layer, b->x, b->o->tokens, b->choice, b->weight, &b->pass));
+  else EXPECT(FMOE_OK, fmoe_gate(layer, b->x, b->o->tokens, &b->pass));
+}
+
+static void forward(batch *b) { EXPECT(FMOE_OK, fmoe_forward(b->pass, b->y)); }
+
+static void backward(batch *b) {
+  EXPECT(FMOE_OK, fmoe_backward(b->pass, b->grad_y, b->grad_x, b->o->routed ? b->grad_weight : NULL));
+}
+
+static void read_gradients(batch *b, fmoe_layer *layer) {
+  fmoe_tensors tensors = {.struct_size = sizeof tensors};
+  float *gradients[TENSORS];
+  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &tensors));
+  tensors_of(&tensors, gradients);
+  for (int t = 0; t < TENSORS; t++)
+    if (b->o->sizes[t]) memcpy(b->gradients[t], gradients[t], (size_t)b->o->sizes[t] * sizeof(float));
+}
+
+static batch run(fmoe_layer *layer, const oracle *o) {
+  batch b = batch_of(o);
+  EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
+  begin(&b, layer), forward(&b), backward(&b);
+  read_gradients(&b, layer);
+  return b;
+}
+
+static batch run_alone(const oracle *o, int32_t threads) {
+  fmoe_group *group = group_with(threads);
+  fmoe_layer *layer = layer_of(group, o);
+  batch b = run(layer, o);
+  fmoe_pass_destroy(b.pass);
+  b.pass = NULL;
+  fmoe_layer_destroy(layer);
+  fmoe_group_destroy(group);
+  return b;
+}
+
+/* ---- comparing ----------------------------------------------------------------------------- */
+
+static void check_close(const char *what, const char *name, const float *got, const double *wanted, int64_t count) {
+  double largest = 0, difference = 0;
+  int64_t worst = 0;
+  for (int64_t i = 0; i < count; i++) {
+    double apart = fabs((double)got[i] - wanted[i]);
+    largest = fmax(largest, fabs(wanted[i]));
+    if (!(apart <= difference)) difference = isnan(apart) ? INFINITY : apart, worst = i;
+  }
+  CHECK(difference <= rounding * largest, "%s: %s[%lld] is %.9g, not %.9g", what, name, (long long)worst,
+        count ? (double)got[worst] : 0, count ? wanted[worst] : 0);
+}
+
+static void check_bits(const char *what, const batch *a, const batch *b) {
+  CHECK(a->size == b->size && !memcmp(a->block, b->block, (size_t)a->size * sizeof(float)), "%s", what);
+}
+
+/* Choices are compared exactly: no problem here has two logits of one token closer than float32 tells apart. */
+static void check_routing(const char *what, const batch *b, const oracle *o) {
+  fmoe_routing r = {.struct_size = sizeof r};
+  int64_t slots = o->tokens * o->choices;
+  if (!EXPECT(FMOE_OK, fmoe_pass_routing(b->pass, &r))) return;
+  CHECK(r.struct_size == sizeof r && r.tokens == o->tokens && r.top_k == o->choices, "%s", what);
+  CHECK(!slots || !memcmp(r.choices, o->choice, (size_t)slots * sizeof *o->choice), "%s", what);
+  CHECK(!memcmp(r.counts, o->counts, (size_t)o->experts * sizeof *o->counts), "%s", what);
+  check_close(what, "weights", r.weights, o->weight, slots);
+  CHECK(fabs(r.balance_loss - o->balance_loss) <= rounding * o->balance_loss, "%s: %.9g, not %.9g", what,
+        r.balance_loss, o->balance_loss);
+  CHECK(fabs(r.z_loss - o->z_loss) <= rounding * o->z_loss, "%s: %.9g, not %.9g", what, r.z_loss, o->z_loss);
+}
+
+static void check_gradients(const char *what, const batch *b, const oracle *o) {
+  int untouched = 1;
+  for (int t = 0; t < TENSORS; t++) {
+    check_close(what, names[t], b->gradients[t], o->gradients[t], o->sizes[t]);
+    int64_t share = o->sizes[t] / o->experts;
+    for (int64_t i = 0; t != GATE && i < o->sizes[t]; i++) untouched &= o->counts[i / share] || b->gradients[t][i] == 0;
+  }
+  CHECK(untouched, "%s: experts without tokens have gradients of exactly 0", what);
+}
+
+static void check_batch(const char *what, const batch *b, const oracle *o) {
+  check_close(what, "y", b->y, o->y, o->tokens * o->model);
+  check_close(what, "grad_tokens", b->grad_x, o->grad_x, o->tokens * o->model);
+  if (o->routed) check_close(what, "grad_weights", b->grad_weight, o->grad_weight, o->tokens * o->choices);
+}
+
+/* ---- the oracle itself --------------------------------------------------------------------- */
+
+/* Published checksums of algorithms on one fixed batch: rows are softmax over two chosen, and Switch (one of all). */
+static const double golden_sums[2][7] = {
+    {-9.218071691735, 1.169076965364, -0.271115105869, 2.033827716246, -6.999052579643, 6.902470413495,
+     31.579437328750},
+    {-6.129518739962, 2.635138558968, 0.562486319135, -2.757109261603, -1.536037321517, 0.987745036269,
+     13.953283377093}};
+static const int32_t golden_choices[2][24] = {
+    {0, 3, 2, 0, 0, 2, 2, 0, 0, 2, 0, 2, 0, 1, 1, 2, 1, 3, 0, 2, 2, 0, 2, 0}, {0, 2, 0, 2, 0, 0, 0, 1, 1, 0, 2, 2}};
+
+static oracle *golden_problem(int64_t k) {
+  uint64_t state = seed;
+  oracle *o = oracle_create(12, k, 4, 6, 10, FMOE_GELU);
+  fill(o->x, 12 * 6, 1, &state);
+  for (int t = 0; t < W3; t++)
+    fill(o->values[t], o->sizes[t], t == GATE ? 1 : t == B1 || t == B2 ? 0.1 : 0.5, &state);
+  fill(o->grad_y, 12 * 6, 1, &state);
+  oracle_gate(o), oracle_run(o);
+  return o;
+}
+
+#define CHECKSUM(values, count, sum) \
+  for (int64_t i = (sum = 0, 0); i < (count); i++) sum += (double)(values)[i] * (double)(1 + i % 7)
+
+static void check_sum(const char *what, int part, double sum, double wanted, double tolerance) {
+  CHECK(fabs(sum - wanted) <= tolerance * fabs(wanted), "%s, checksum %d: %.12f, not %.12f", what, part, sum, wanted);
+}
+
+static void test_golden_vectors(void) {
+  for (int row = 0; row < 2; row++) {
+    oracle *o = golden_problem(2 - row);
+    const double *wanted = golden_sums[row];
+    double sum;
+    batch b = run_alone(o, 1);
+    CHECK(!memcmp(o->choice, golden_choices[row], (size_t)(24 >> row) * sizeof(int32_t)), "choices of row %d", row);
+    CHECKSUM(o->y, 72, sum);
+    check_sum("oracle", 0, sum, wanted[0], printed);
+    CHECKSUM(b.y, 72, sum);
+    check_sum("library", 0, sum, wanted[0], golden);
+    CHECKSUM(o->grad_x, 72, sum);
+    check_sum("oracle", 1, sum, wanted[1], printed);
+    CHECKSUM(b.grad_x, 72, sum);
+    check_sum("library", 1, sum, wanted[1], golden);
+    for (int t = 0; t < W3; t++) {
+      CHECKSUM(o->gradients[t], o->sizes[t], sum);
+      check_sum("oracle", 2 + t, sum, wanted[2 + t], printed);
+      CHECKSUM(b.gradients[t], o->sizes[t], sum);
+      check_sum("library", 2 + t, sum, wanted[2 + t], golden);
+    }
+    check_batch("golden", &b, o), check_gradients("golden", &b, o);
+    batch_free(&b), oracle_destroy(o);
+  }
+}
+
+static double loss_of(oracle *o) {
+  double sum = 0;
+  oracle_gate(o), oracle_run(o);
+  for (int64_t i = 0; i < o->tokens * o->model; i++) sum += o->y[i] * o->grad_y[i];
+  return sum + o->balance_loss + o->z_loss;
+}
+
+/* The loss by central differences against the oracle's gradient, for a few elements of an array. */
+static void check_differences(oracle *o, const char *name, double *values, const double *gradient, int64_t count) {
+  const double step = 1e-5;
+  for (int64_t i = count / 3; i < count; i += 1 + count / 5) {
+    double kept = values[i], before, after, slope;
+    values[i] = kept - step, before = loss_of(o);
+    values[i] = kept + step, after = loss_of(o);
+    values[i] = kept, loss_of(o);
+    slope = (after - before) / (2 * step);
+    CHECK(fabs(slope - gradient[i]) <= differences, "oracle, activation %d, k %d: %s[%d] %.9g, not %.9g", o->activation,
+          (int)o->choices, name, (int)i, gradient[i], slope);
+  }
+}
+
+static void test_oracle(void) {
+  for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation++)
+    for (int64_t k = 1; k <= 4; k++)
+      for (int routed = 0; routed < 2; routed++) {
+        oracle *o = problem(4, k, 5, 6, 7, activation);
+        o->balance = 0.3, o->z = 0.2;
+        if (routed) route_by_hand(o);
+        loss_of(o);
+        check_differences(o, "x", o->x, o->grad_x, 4 * 6);
+        if (routed) check_differences(o, "weight", o->weight, o->grad_weight, 3); /* slot 3 is dropped */
+        for (int t = 0; t < TENSORS; t++) check_differences(o, names[t], o->values[t], o->gradients[t], o->sizes[t]);
+        oracle_destroy(o);
+      }
+}
+
+/* ---- the library against the oracle -------------------------------------------------------- */
+
+static void compare(fmoe_group *group, oracle *o, const char *kind) {
+  char what[200];
+  fmoe_layer *layer = layer_of(group, o);
+  snprintf(what, sizeof what, "activation %d, n %d, k %d, E %d, d %d, h %d, %s", o->activation, (int)o->tokens,
+           (int)o->choices, (int)o->experts, (int)o->model, (int)o->hidden, kind);
+  oracle_gate(o), oracle_run(o);
+  batch b = run(layer, o);
+  check_routing(what, &b, o), check_batch(what, &b, o), check_gradients(what, &b, o);
+  batch_free(&b);
+  fmoe_layer_destroy(layer);
+}
+
+static void test_against_oracle(void) {
+  /* n, E, d, h */
+  static const int64_t shapes[][4] = {{0, 5, 37, 53},   {1, 5, 37, 53},    {29, 5, 37, 53},
+                                     {40, 16, 16, 32}, {20, 33, 130, 301}};
+  static const int64_t small_shapes[][4] = {{0, 4, 3, 5}, {1, 4, 3, 5}, {6, 5, 7, 9}};
+  fmoe_group *group = group_with(2);
+  for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation++)
+    for (int64_t k = 1; k <= 4; k *= 2)
+      for (int shape = 0; shape < (small ? 3 : 5); shape++)
+        for (int kind = 0; kind < 3; kind++) {
+          const int64_t *s = small ? small_shapes[shape] : shapes[shape];
+          oracle *o = problem(s[0], k, s[1], s[2], s[3], activation);
+          if (kind == 1) o->balance = 0.7, o->z = 0.4;
+          if (kind == 2) route_by_hand(o);
+          compare(group, o, kind == 0 ? "gate" : kind == 1 ? "gate with losses" : "routed");
+          oracle_destroy(o);
+        }
+  for (int64_t k = 1; k <= 2; k++) { /* the smallest layer; every expert chosen */
+    oracle *o = problem(3, k, k, 1, 1, FMOE_SILU);
+    compare(group, o, "smallest");
+    oracle_destroy(o);
+  }
+  fmoe_group_destroy(group);
+}
+
+/* All tokens share a direction that the gate gives to expert 2, so that it takes all of them; expert 0 gets none. */
+static oracle *crowded_problem(int64_t n, int64_t k, int32_t activation) {
+  oracle *o = problem(n, k, 8, small ? 6 : 64, small ? 5 : 96, activation);
+  for (int64_t i = 0; i < n; i++) o->x[i * o->model] = 1;
+  o->values[GATE][2 * o->model] = 4, o->values[GATE][0] = -8;
+  o->balance = 0.01, o->z = 0.001;
+  oracle_gate(o);
+  CHECK(o->counts[2] == n && o->counts[0] == 0, "expert 2 is crowded, expert 0 idle");
+  return o;
+}
+
+static void test_crowded_expert(void) {
+  fmoe_group *group = group_with(2);
+  for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation++) {
+    oracle *o = crowded_problem(small ? 20 : activation == FMOE_GELU ? 1100 : 300, 2, activation);
+    compare(group, o, "crowded");
+    oracle_destroy(o);
+  }
+  fmoe_group_destroy(group);
+}
+
+static void test_accumulation(void) {
+  fmoe_group *group = group_with(2);
+  oracle *first = problem(13, 2, 5, 9, 11, FMOE_GELU), *second = problem(7, 2, 5, 9, 11, FMOE_GELU);
+  for (int t = 0; t < TENSORS; t++)
+    memcpy(second->values[t], first->values[t], (size_t)first->sizes[t] * sizeof(double));
+  oracle_gate(first), oracle_run(first), oracle_gate(second), oracle_run(second);
+  fmoe_layer *layer = layer_of(group, first);
+  batch a = run(layer, first), b = batch_of(second);
+  begin(&b, layer), forward(&b), backward(&b), read_gradients(&b, layer);
+  for (int t = 0; t < TENSORS; t++) {
+    for (int64_t i = 0; i < first->sizes[t]; i++) second->gradients[t][i] += first->gradients[t][i];
+    check_close("two passes", names[t], b.gradients[t], second->gradients[t], second->sizes[t]);
+  }
+  EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer)); /* of one worker: the mean is what it has */
+  batch kept = batch_of(second);
+  read_gradients(&kept, layer);
+  for (int t = 0; t < TENSORS; t++)
+    CHECK(!memcmp(kept.gradients[t], b.gradients[t], (size_t)first->sizes[t] * sizeof(float)), "%s", names[t]);
+  EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
+  read_gradients(&kept, layer);
+  for (int t = 0; t < TENSORS; t++)
+    for (int64_t i = 0; i < first->sizes[t]; i++)
+      if (kept.gradients[t][i] != 0) i = first->sizes[t], CHECK(0, "%s is not zero after zero_gradients", names[t]);
+  batch_free(&a), batch_free(&b), batch_free(&kept);
+  fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+  oracle_destroy(first), oracle_destroy(second);
+}
+
+/* Three passes of one layer at once, each finished in its own time; the second is given up after forward. */
+static void test_passes_in_flight(void) {
+  static const int64_t tokens[3] = {17, 30, 5};
+  fmoe_group *group = group_with(2);
+  oracle *o[3];
+  batch b[3];
+  fmoe_layer *layer = NULL;
+  for (int p = 0; p < 3; p++) {
+    o[p] = problem(tokens[p], 2, 5, 12, 20, FMOE_SWIGLU);
+    for (int t = 0; t < TENSORS; t++) memcpy(o[p]->values[t], o[0]->values[t], (size_t)o[0]->sizes[t] * sizeof(double));
+    oracle_gate(o[p]), oracle_run(o[p]);
+    if (!p) layer = layer_of(group, o[0]);
+    b[p] = batch_of(o[p]);
+    begin(&b[p], layer);
+  }
+  forward(&b[2]), forward(&b[0]), forward(&b[1]);
+  fmoe_pass_destroy(b[1].pass), b[1].pass = NULL;
+  backward(&b[0]), backward(&b[2]);
+  for (int p = 0; p < 3; p += 2) check_routing("in flight", &b[p], o[p]), check_batch("in flight", &b[p], o[p]);
+  check_close("given up", "y", b[1].y, o[1]->y, o[1]->tokens * o[1]->model);
+  read_gradients(&b[0], layer);
+  for (int t = 0; t < TENSORS; t++) {
+    for (int64_t i = 0; i < o[0]->sizes[t]; i++) o[0]->gradients[t][i] += o[2]->gradients[t][i];
+    check_close("in flight", names[t], b[0].gradients[t], o[0]->gradients[t], o[0]->sizes[t]);
+  }
+  for (int p = 0; p < 3; p++) batch_free(&b[p]), oracle_destroy(o[p]);
+  fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+}
+
+/* ---- the same bits again ------------------------------------------------------------------- */
+
+static void test_same_bits(void) {
+  for (int kind = 0; kind < 2; kind++) {
+    oracle *o = crowded_problem(small ? 20 : 700, 2, kind ? FMOE_GELU : FMOE_SWIGLU);
+    if (kind) route_by_hand(o);
+    batch one = run_alone(o, 1);
+    for (int32_t threads = 1; threads <= 3; threads++) {
+      fmoe_group *group = group_with(threads);
+      fmoe_layer *layer = layer_of(group, o);
+      batch first = run(layer, o), again = run(layer, o);
+      check_bits("the number of threads does not change bits", &first, &one);
+      check_bits("a second run does not change bits", &again, &one);
+      batch_free(&first), batch_free(&again);
+      fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+    }
+    batch_free(&one), oracle_destroy(o);
+  }
+}
+
+/* A gate's own choices and weights, given to route, are the same layer. */
+static void test_route_is_gate(void) {
+  oracle *o = problem(29, 2, 5, 37, 53, FMOE_GELU);
+  fmoe_group *group = group_with(2);
+  fmoe_layer *layer = layer_of(group, o);
+  fmoe_routing r = {.struct_size = sizeof r};
+  batch gated = run(layer, o), routed = batch_of(o);
+  EXPECT(FMOE_OK, fmoe_pass_routing(gated.pass, &r));
+  EXPECT(FMOE_OK, fmoe_route(layer, routed.x, o->tokens, r.choices, r.weights, &routed.pass));
+  forward(&routed);
+  CHECK(!memcmp(gated.y, routed.y, 29 * 37 * sizeof(float)), "same routing, same bits");
+  EXPECT(FMOE_OK, fmoe_backward(routed.pass, routed.grad_y, routed.grad_x, NULL)); /* no need of those of the weights */
+  batch_free(&gated), batch_free(&routed);
+  fmoe_layer_destroy(layer), fmoe_group_destroy(group), oracle_destroy(o);
+}
+
+typedef struct player {
+  fmoe_layer *layer;
+  batch wanted;
+} player;
+
+static void *run_often(void *argument) {
+  const player *p = argument;
+  for (int i = 0; i < 5; i++) {
+    batch b = run(p->layer, p->wanted.o);
+    check_bits("threads of the host do not disturb each other", &b, &p->wanted);
+    batch_free(&b);
+  }
+  return NULL;
+}
+
+/* Two host threads, each with a layer of its own: first of two groups, then of one. */
+static void test_two_threads_at_once(void) {
+  oracle *o[2] = {crowded_problem(small ? 20 : 200, 2, FMOE_GELU), problem(small ? 6 : 90, 4, 5, 37, 53, FMOE_SWIGLU)};
+  for (int groups = 2; groups > 0; groups--) {
+    fmoe_group *group[2] = {group_with(2), group_with(2)};
+    player players[2];
+    pthread_t threads[2];
+    for (int t = 0; t < 2; t++)
+      players[t].layer = layer_of(group[t % groups], o[t]), players[t].wanted = run_alone(o[t], 2);
+    for (int t = 0; t < 2; t++)
+      if (pthread_create(&threads[t], NULL, run_often, &players[t])) abort();
+    for (int t = 0; t < 2; t++) pthread_join(threads[t], NULL);
+    for (int t = 0; t < 2; t++) batch_free(&players[t].wanted), fmoe_layer_destroy(players[t].layer);
+    for (int t = 0; t < 2; t++) fmoe_group_destroy(group[t]);
+  }
+  oracle_destroy(o[0]), oracle_destroy(o[1]);
+}
+
+/* ---- the gate's fine print, initial values ------------------------------------------------- */
+
+static void check_choices(const char *what, oracle *o, const int32_t *wanted) {
+  fmoe_group *group = group_with(1);
+  fmoe_layer *layer = layer_of(group, o);
+  fmoe_routing r = {.struct_size = sizeof r};
+  batch b = batch_of(o);
+  begin(&b, layer);
+  if (EXPECT(FMOE_OK, fmoe_pass_routing(b.pass, &r)))
+    for (int64_t i = 0; i < o->tokens; i++)
+      CHECK(!memcmp(r.choices + i * o->choices, wanted, (size_t)o->choices * sizeof *wanted), "%s: %d", what, (int)i);
+  batch_free(&b);
+  fmoe_layer_destroy(layer), fmoe_group_destroy(group), oracle_destroy(o);
+}
+
+static void test_ties_and_nan_logits(void) {
+  oracle *o = problem(9, 4, 6, 5, 3, FMOE_RELU); /* every logit 0 */
+  memset(o->values[GATE], 0, (size_t)o->sizes[GATE] * sizeof(double));
+  check_choices("ties go to the lower index", o, (const int32_t[]){0, 1, 2, 3});
+  for (int worst = 0; worst < 2; worst++) { /* logits 1 1 nan 2 1 1, then the same with -infinity for 2 */
+    static const double gate[6] = {1, 1, NAN, 2, 1, 1};
+    o = problem(9, 4, 6, 1, 3, FMOE_RELU);
+    for (int64_t i = 0; i < o->tokens; i++) o->x[i] = 1;
+    memcpy(o->values[GATE], gate, sizeof gate);
+    if (worst) o->values[GATE][3] = -INFINITY;
+    check_choices("NaN ranks lowest", o, worst ? (const int32_t[]){0, 1, 4, 5} : (const int32_t[]){3, 0, 1, 4});
+  }
+}
+
+static void test_initial_values(void) {
+  fmoe_group *group = group_with(2);
+  fmoe_layer *layers[3];
+  float *values[3][TENSORS];
+  const int64_t d = 12, h = 20, E = 3, sizes[TENSORS] = {E * d, E * h * d, E * h, E * d * h, E * d, 0};
+  for (int i = 0; i < 3; i++) {
+    fmoe_layer_options options = {.struct_size = sizeof options, .d_model = d, .d_hidden = h, .experts = E,
+                                  .seed = i == 2 ? 8 : 7};
+    fmoe_tensors tensors = {.struct_size = sizeof tensors};
+    EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layers[i]));
+    EXPECT(FMOE_OK, fmoe_layer_values(layers[i], &tensors));
+    tensors_of(&tensors, values[i]);
+  }
+  for (int t = 0; t < W3; t++) {
+    double bound = 1 / sqrt((double)(t == W2 || t == B2 ? h : d)), largest = 0;
+    CHECK(!memcmp(values[0][t], values[1][t], (size_t)sizes[t] * sizeof(float)), "%s: one seed, one start", names[t]);
+    if (t == GATE || t == W1 || t == W2)
+      CHECK(memcmp(values[0][t], values[2][t], (size_t)sizes[t] * sizeof(float)), "%s: two seeds", names[t]);
+    for (int64_t i = 0; i < sizes[t]; i++) largest = fmax(largest, fabs((double)values[0][t][i]));
+    CHECK(largest <= bound * (1 + rounding), "%s starts within 1/sqrt(in): %g", names[t], largest);
+  }
+  for (int i = 0; i < 3; i++) fmoe_layer_destroy(layers[i]);
+  fmoe_group_destroy(group);
+}
+
+int main(int count, char **arguments) {
+  small = count > 1 && !strcmp(arguments[1], "small");
+  printf("layer: seed %llu\n", (unsigned long long)seed);
+  test_oracle();
+  test_golden_vectors();
+  test_against_oracle();
+  test_crowded_expert();
+  test_accumulation();
+  test_passes_in_flight();
+  test_same_bits();
+  test_route_is_gate();
+  test_two_threads_at_once();
+  test_ties_and_nan_logits();
+  test_initial_values();
+  return summary();
+}
