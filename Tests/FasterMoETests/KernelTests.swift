@@ -135,6 +135,44 @@ struct Numbers {
     }
   }
 
+  /// Weights read in place give the bits that packed strips give, for every row count and odd depths.
+  @Test func fewRowsGiveTheBitsOfTiles() {
+    var numbers = Numbers(5)
+    for depth in [1, 15, 16, 17, 64, 100] {
+      let weights = numbers.array(32 * depth)
+      let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
+      let scratch = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.scratch(depth: depth))
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      defer { for memory in [strip, scratch, tile, expected] { memory.deallocate() } }
+      weights.withUnsafeBufferPointer { weights in
+        let factor = Factor(transposing: weights.baseAddress!, depth: depth, columns: 32)
+        #expect(factor.rowsInPlace(17) == nil && factor.rowsInPlace(16) == weights.baseAddress! + 16 * depth)
+        factor.pack(0, into: strip)
+        for rows in 1...FewRows.most {
+          let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
+          defer { withExtendedLifetime(left) {} }
+          FewRows.prepare(left.panels, rows: rows, scratch: scratch)
+          for half in 0..<2 {
+            FewRows.product(
+              left.panels, rows: rows, weights: factor.rowsInPlace(half * 16)!, depth: depth, scratch: scratch,
+              into: tile + half * 16)
+          }
+          Panels.forEach(rows: rows) { first, high in
+            Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: expected)
+            for i in 0..<high {
+              for c in 0..<32 {
+                #expect(
+                  tile[(first + i) * 32 + c].bitPattern == expected[i * 32 + c].bitPattern,
+                  "rows \(rows), depth \(depth)")
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
   // MARK: Functions
 
   private static func normalShare(_ x: Double) -> Double { erfc(-x / 2.0.squareRoot()) / 2 }

@@ -29,6 +29,11 @@ package struct Factor {
     }
   }
 
+  /// Its first 16 columns from `column` on as rows of memory, where it is transposed and has that many.
+  package func rowsInPlace(_ column: Int) -> UnsafePointer<Float>? {
+    isTransposed && column + FewRows.columns <= columns ? matrix + column * depth : nil
+  }
+
   /// Asks for share `part` of `parts` of what packing `column` will read, while a strip before it is in use.
   @inline(__always)
   package func prefetch(_ column: Int, part: Int, of parts: Int) {
@@ -86,7 +91,8 @@ package enum Strip {
       if present == 16 {
         var k = 0
         while k + 16 <= depth {
-          transpose(matrix + (first &* depth &+ k), stride: depth, into: to + (k &* 32))
+          let block = transposed(matrix + (first &* depth &+ k), stride: depth)
+          for i in 0..<16 { to.store(block[unchecked: i], at: (k &+ i) &* 32) }
           k &+= 16
         }
         while k < depth {
@@ -100,33 +106,33 @@ package enum Strip {
       }
     }
   }
+}
 
-  /// A 16 × 16 block across its diagonal. Each round splits pairs of vectors into their even and odd lanes, which
-  /// turns the 8 bits of (vector, lane) by one; after four rounds vector and lane have changed places.
-  @inline(__always)
-  private static func transpose(_ from: UnsafePointer<Float>, stride: Int, into to: UnsafeMutablePointer<Float>) {
-    var v = InlineArray<16, Vector> { from.vector(at: $0 &* stride) }
-    var w = InlineArray<16, Vector>(repeating: .zero)
-    for _ in 0..<2 {
-      for i in 0..<8 {
-        let pair = SIMD32(lowHalf: v[unchecked: 2 &* i], highHalf: v[unchecked: 2 &* i &+ 1])
-        w[unchecked: i] = pair.evenHalf
-        w[unchecked: i &+ 8] = pair.oddHalf
-      }
-      for i in 0..<8 {
-        let pair = SIMD32(lowHalf: w[unchecked: 2 &* i], highHalf: w[unchecked: 2 &* i &+ 1])
-        v[unchecked: i] = pair.evenHalf
-        v[unchecked: i &+ 8] = pair.oddHalf
-      }
+/// A 16 × 16 block across its diagonal. Each round splits pairs of vectors into their even and odd lanes, which
+/// turns the 8 bits of (vector, lane) by one; after four rounds vector and lane have changed places.
+@inline(__always)
+func transposed(_ from: UnsafePointer<Float>, stride: Int) -> InlineArray<16, Vector> {
+  var v = InlineArray<16, Vector> { from.vector(at: $0 &* stride) }
+  var w = v
+  for _ in 0..<2 {
+    for i in 0..<8 {
+      let pair = SIMD32(lowHalf: v[unchecked: 2 &* i], highHalf: v[unchecked: 2 &* i &+ 1])
+      w[unchecked: i] = pair.evenHalf
+      w[unchecked: i &+ 8] = pair.oddHalf
     }
-    for i in 0..<16 { to.store(v[unchecked: i], at: i &* 32) }
+    for i in 0..<8 {
+      let pair = SIMD32(lowHalf: w[unchecked: 2 &* i], highHalf: w[unchecked: 2 &* i &+ 1])
+      v[unchecked: i] = pair.evenHalf
+      v[unchecked: i &+ 8] = pair.oddHalf
+    }
   }
+  return v
 }
 
 /// Asks for memory that a later step will touch, so that it is near by then; the processor may ignore it.
 package enum Prefetch {
   /// The cache line of one address.
-  @inline(__always) static func read(_ address: UnsafePointer<Float>) { hint_will_read(address) }
+  @inline(__always) static func read(_ address: UnsafePointer<Float>) { hint_read_soon(address) }
 
   /// A piece of `columns` floats in each of some `rows` of a row-major matrix.
   @inline(__always)
@@ -135,7 +141,7 @@ package enum Prefetch {
       var at = UnsafeRawPointer(matrix + row &* stride)
       let end = at + (columns &* 4)
       while at < end {
-        hint_will_read(at)
+        hint_read_later(at)
         at += 64
       }
     }
@@ -147,7 +153,7 @@ package enum Prefetch {
       var at = UnsafeRawPointer(matrix + row &* stride)
       let end = at + (columns &* 4)
       while at < end {
-        hint_will_write(at)
+        hint_write_soon(at)
         at += 64
       }
     }

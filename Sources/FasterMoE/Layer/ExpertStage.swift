@@ -28,29 +28,23 @@ extension PassContext {
     let slot = workspace.slot(thread)
     let first = Int(block.row) + rows.lowerBound
     slot.tokens.fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
-    let inward = Factor(transposing: expert.inward, depth: d, columns: h)
-    let inwardLinear = expert.inwardLinear.map { Factor(transposing: $0, depth: d, columns: h) }
-    forEachTile(rows.count, inward, inwardLinear) { column, row, high in
-      Tiles.product(panel: slot.tokens.panel(row), high: high, strip: desk.strip, depth: d, into: desk.tile)
-      if shape.activation.isGated {
-        Tiles.product(
-          panel: slot.tokens.panel(row), high: high, strip: desk.secondStrip, depth: d, into: desk.secondTile)
-      }
-      let tile = HiddenTile(
-        column: column, high: high, inner: store.inner.panel(first + row),
-        innerLinear: store.innerLinear.panel(first + row),
-        hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+    let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
+    let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
+    forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
+      let place = HiddenTile(
+        tile: tile, linearTile: linearTile, column: column, high: high, inner: store.inner.panel(first + row),
+        innerLinear: store.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
       switch shape.activation {
-      case .gelu: tile.activate(Gelu.self, desk, bias: expert.inwardBias!, h)
-      case .geluTanh: tile.activate(GeluTanh.self, desk, bias: expert.inwardBias!, h)
-      case .relu: tile.activate(Relu.self, desk, bias: expert.inwardBias!, h)
-      case .silu: tile.activate(Silu.self, desk, bias: expert.inwardBias!, h)
-      case .swiglu: tile.activateGated(desk)
+      case .gelu: place.activate(Gelu.self, bias: expert.inwardBias!, h)
+      case .geluTanh: place.activate(GeluTanh.self, bias: expert.inwardBias!, h)
+      case .relu: place.activate(Relu.self, bias: expert.inwardBias!, h)
+      case .silu: place.activate(Silu.self, bias: expert.inwardBias!, h)
+      case .swiglu: place.activateGated()
       }
     }
-    forEachTile(rows.count, Factor(transposing: expert.outward, depth: h, columns: d)) { column, row, high in
-      Tiles.product(panel: slot.hidden.panel(row), high: high, strip: desk.strip, depth: h, into: desk.tile)
-      storeRows(first + row, high, column, bias: expert.outwardBias, adding: nil)
+    let outward = product(slot.hidden, Factor(transposing: expert.outward, depth: h, columns: d))
+    forEachTile(rows.count, outward) { column, row, high, tile, _ in
+      storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil)
     }
   }
 
@@ -115,32 +109,27 @@ extension PassContext {
     slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradOutput + token(ofRow: first + $0) * d }
     for row in 0..<rows.count { scales[row] = store.routing.weights[Int(store.routing.slots[first + row])] }
     desk.rowSums.update(repeating: 0, count: rows.count * 16)
-    forEachTile(rows.count, Factor(expert.outward, depth: d, columns: h)) { column, row, high in
-      Tiles.product(
-        panel: slot.grads.panel(rows.lowerBound + row), high: high, strip: desk.strip, depth: d, into: desk.tile)
-      let tile = HiddenTile(
-        column: column, high: high, inner: store.inner.panel(first + row),
-        innerLinear: store.innerLinear.panel(first + row),
-        hidden: slot.hidden.panel(rows.lowerBound + row), blocks: slot.hidden.blocks)
+    let outward = product(slot.grads.from(rows.lowerBound), Factor(expert.outward, depth: d, columns: h))
+    forEachTile(rows.count, outward) { column, row, high, tile, _ in
+      let place = HiddenTile(
+        tile: tile, linearTile: tile, column: column, high: high, inner: store.inner.panel(first + row),
+        innerLinear: store.innerLinear.panel(first + row), hidden: slot.hidden.panel(rows.lowerBound + row),
+        blocks: slot.hidden.blocks)
       let sums = desk.rowSums + row * 16
       switch shape.activation {
-      case .gelu: tile.deactivate(Gelu.self, desk, scales + row, sums)
-      case .geluTanh: tile.deactivate(GeluTanh.self, desk, scales + row, sums)
-      case .relu: tile.deactivate(Relu.self, desk, scales + row, sums)
-      case .silu: tile.deactivate(Silu.self, desk, scales + row, sums)
-      case .swiglu: tile.deactivateGated(desk, scales + row, sums)
+      case .gelu: place.deactivate(Gelu.self, scales + row, sums)
+      case .geluTanh: place.deactivate(GeluTanh.self, scales + row, sums)
+      case .relu: place.deactivate(Relu.self, scales + row, sums)
+      case .silu: place.deactivate(Silu.self, scales + row, sums)
+      case .swiglu: place.deactivateGated(scales + row, sums)
       }
     }
-    let inward = Factor(expert.inward, depth: h, columns: d)
-    let inwardLinear = expert.inwardLinear.map { Factor($0, depth: h, columns: d) }
-    forEachTile(rows.count, inward, inwardLinear) { column, row, high in
-      Tiles.product(panel: store.inner.panel(first + row), high: high, strip: desk.strip, depth: h, into: desk.tile)
-      if shape.activation.isGated {
-        Tiles.product(
-          panel: store.innerLinear.panel(first + row), high: high, strip: desk.secondStrip, depth: h,
-          into: desk.secondTile)
-      }
-      storeRows(first + row, high, column, bias: nil, adding: shape.activation.isGated ? desk.secondTile : nil)
+    let inward = product(store.inner.from(first), Factor(expert.inward, depth: h, columns: d))
+    let linear = expert.inwardLinear.map {
+      secondProduct(store.innerLinear.from(first), Factor($0, depth: h, columns: d))
+    }
+    forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
+      storeRows(tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile })
     }
     // ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
     for row in 0..<rows.count {
@@ -244,21 +233,57 @@ extension PassContext {
 
   // MARK: Rows
 
-  /// Packs one strip after another of a factor (and of a second of the same size) and, with each, visits all panels of
-  /// `rows` rows, asking meanwhile for the next strip's memory.
+  /// A product under way: its factors and the desk space that its strips and tiles take.
+  struct Product {
+    let left: Panels
+    let factor: Factor
+    let strip: UnsafeMutablePointer<Float>
+    let tile: UnsafeMutablePointer<Float>
+    let fewRows: UnsafeMutablePointer<Float>
+  }
+
+  func product(_ left: Panels, _ factor: Factor) -> Product {
+    Product(left: left, factor: factor, strip: desk.strip, tile: desk.tile, fewRows: desk.fewRows)
+  }
+
+  /// Another product of the same size beside the first.
+  func secondProduct(_ left: Panels, _ factor: Factor) -> Product {
+    Product(
+      left: left, factor: factor, strip: desk.secondStrip, tile: desk.secondTile, fewRows: desk.secondFewRows)
+  }
+
+  /// Multiplies `rows` rows, 32 columns at a time, and calls `body` with each panel's tile while it is hot: its column,
+  /// first row, height and memory, and that of the second product, if there is one, at the same place.
   @inline(__always)
   func forEachTile(
-    _ rows: Int, _ factor: Factor, _ second: Factor? = nil, _ body: (_ column: Int, _ row: Int, _ high: Int) -> Void
+    _ rows: Int, _ product: Product, _ second: Product? = nil,
+    _ body: (
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
+    ) -> Void
   ) {
     let panels = Panels.count(rows)
-    for column in stride(from: 0, to: factor.columns, by: Strip.width) {
-      factor.pack(column, into: desk.strip)
-      second?.pack(column, into: desk.secondStrip)
+    let few = rows <= FewRows.most && product.factor.rowsInPlace(0) != nil
+    if few {
+      FewRows.prepare(product.left, rows: rows, scratch: product.fewRows)
+      if let second { FewRows.prepare(second.left, rows: rows, scratch: second.fewRows) }
+    }
+    for column in stride(from: 0, to: product.factor.columns, by: Strip.width) {
+      let inPlace = few && product.multiplyInPlace(column, rows)
+      if inPlace {
+        _ = second?.multiplyInPlace(column, rows)
+      } else {
+        product.factor.pack(column, into: product.strip)
+        second?.factor.pack(column, into: second!.strip)
+      }
       for panel in 0..<panels {
-        factor.prefetch(column + Strip.width, part: panel, of: panels)
-        second?.prefetch(column + Strip.width, part: panel, of: panels)
         let row = panel * Panels.height
-        body(column, row, min(Panels.height, rows - row))
+        let high = min(Panels.height, rows - row)
+        let shift = inPlace ? row * Strip.width : 0
+        if !inPlace {
+          product.multiply(row, high, prefetching: column + Strip.width, panel, panels)
+          second?.multiply(row, high, prefetching: column + Strip.width, panel, panels)
+        }
+        body(column, row, high, product.tile + shift, (second ?? product).tile + shift)
       }
     }
   }
@@ -285,7 +310,7 @@ extension PassContext {
   /// Writes a tile of `product` as rows of [R, d], plus a bias or another tile.
   @inline(__always)
   private func storeRows(
-    _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
+    _ tile: UnsafeMutablePointer<Float>, _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
     adding second: UnsafeMutablePointer<Float>?
   ) {
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
@@ -293,7 +318,7 @@ extension PassContext {
       let added = bias?.vector(at: half, first: width) ?? .zero
       for i in 0..<high {
         let at = i * Strip.width + half - column
-        let sum = desk.tile.vector(at: at) + (second?.vector(at: at) ?? added)
+        let sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
         store.rows.store(sum, at: (first + i) * shape.model + half, first: width)
       }
     }
@@ -341,8 +366,31 @@ extension UnsafeMutablePointer<Float> {
   }
 }
 
+extension PassContext.Product {
+  /// Makes 32 columns of all rows from weights where they stand; false where those are too few.
+  @inline(__always)
+  fileprivate func multiplyInPlace(_ column: Int, _ rows: Int) -> Bool {
+    guard let low = factor.rowsInPlace(column), let high = factor.rowsInPlace(column + FewRows.columns) else {
+      return false
+    }
+    FewRows.product(left, rows: rows, weights: low, depth: factor.depth, scratch: fewRows, into: tile)
+    FewRows.product(
+      left, rows: rows, weights: high, depth: factor.depth, scratch: fewRows, into: tile + FewRows.columns)
+    return true
+  }
+
+  /// Makes the tile of one panel with the packed strip, asking meanwhile for a share of the next one.
+  @inline(__always)
+  fileprivate func multiply(_ row: Int, _ high: Int, prefetching next: Int, _ panel: Int, _ panels: Int) {
+    factor.prefetch(next, part: panel, of: panels)
+    Tiles.product(panel: left.panel(row), high: high, strip: strip, depth: factor.depth, into: tile)
+  }
+}
+
 /// Where 32 columns of hidden units of one panel stand, before and after the activation.
 private struct HiddenTile {
+  let tile: UnsafeMutablePointer<Float>
+  let linearTile: UnsafeMutablePointer<Float>
   let column: Int
   let high: Int
   let inner: UnsafeMutablePointer<Float>
@@ -361,12 +409,12 @@ private struct HiddenTile {
 
   /// u = tile + b1 is kept, a = f(u) goes on.
   @inline(__always)
-  func activate<F: Nonlinearity>(_: F.Type, _ desk: Workspace.Desk, bias: UnsafeMutablePointer<Float>, _ h: Int) {
+  func activate<F: Nonlinearity>(_: F.Type, bias: UnsafeMutablePointer<Float>, _ h: Int) {
     for half in 0..<2 where column / 16 + half < blocks {
       let added = bias.vector(at: column + half * 16, first: min(16, h - column - half * 16))
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
-        let u = desk.tile.vector(at: i &* Strip.width &+ half &* 16) + added
+        let u = tile.vector(at: i &* Strip.width &+ half &* 16) + added
         inner.store(u, at: block &+ i &* 16)
         hidden.store(F.value(u), at: block &+ i &* 16)
       }
@@ -374,9 +422,9 @@ private struct HiddenTile {
   }
 
   /// a = silu(tile) ⊙ second tile.
-  func activateGated(_ desk: Workspace.Desk) {
-    forEach { tile, panel, _ in
-      let (u, v) = (desk.tile.vector(at: tile), desk.secondTile.vector(at: tile))
+  func activateGated() {
+    forEach { at, panel, _ in
+      let (u, v) = (tile.vector(at: at), linearTile.vector(at: at))
       inner.store(u, at: panel)
       innerLinear.store(v, at: panel)
       hidden.store(Silu.value(u) * v, at: panel)
@@ -386,10 +434,10 @@ private struct HiddenTile {
   /// With g = dy·W2 in the tile: sums += g ⊙ a, hidden = s·a, du = s·g ⊙ f'(u) in the place of u.
   @inline(__always)
   func deactivate<F: Nonlinearity>(
-    _: F.Type, _ desk: Workspace.Desk, _ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>
+    _: F.Type, _ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>
   ) {
-    forEach { tile, panel, row in
-      let g = desk.tile.vector(at: tile)
+    forEach { at, panel, row in
+      let g = tile.vector(at: at)
       let (a, slope) = F.valueAndSlope(inner.vector(at: panel))
       let s = Vector(repeating: scales[row])
       sums.store(sums.vector(at: row &* 16).addingProduct(g, a), at: row &* 16)
@@ -398,9 +446,9 @@ private struct HiddenTile {
     }
   }
 
-  func deactivateGated(_ desk: Workspace.Desk, _ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>) {
-    forEach { tile, panel, row in
-      let g = desk.tile.vector(at: tile)
+  func deactivateGated(_ scales: UnsafePointer<Float>, _ sums: UnsafeMutablePointer<Float>) {
+    forEach { at, panel, row in
+      let g = tile.vector(at: at)
       let (a, slope) = Silu.valueAndSlope(inner.vector(at: panel))
       let v = innerLinear.vector(at: panel)
       let s = Vector(repeating: scales[row])

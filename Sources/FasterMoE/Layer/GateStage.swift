@@ -5,10 +5,9 @@ extension PassContext {
     let (d, experts) = (shape.model, shape.experts)
     while case let task = team.take(), let rows = gateRows(task) {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
-      forEachTile(rows.count, Factor(transposing: layer.values.gate, depth: d, columns: experts)) {
-        column, first, high in
-        Tiles.product(panel: desk.tokens.panel(first), high: high, strip: desk.strip, depth: d, into: desk.tile)
-        store.logits.put(desk.tile, high: high, row: rows.lowerBound + first, column: column)
+      let scores = product(desk.tokens, Factor(transposing: layer.values.gate, depth: d, columns: experts))
+      forEachTile(rows.count, scores) { column, first, high, tile, _ in
+        store.logits.put(tile, high: high, row: rows.lowerBound + first, column: column)
       }
       let sums = layer.losses.needProbabilities ? store.probabilitySums + task * Panels.padded(experts) : nil
       sums?.update(repeating: 0, count: Panels.padded(experts))
@@ -47,16 +46,18 @@ extension PassContext {
     let (d, experts) = (shape.model, shape.experts)
     while case let task = team.take(), let rows = gateRows(task) {
       for token in rows { backwardThroughChoice(token) }
-      forEachTile(rows.count, Factor(layer.values.gate, depth: experts, columns: d)) { column, first, high in
-        let token = rows.lowerBound + first
-        for i in 0..<high { prefetchRows(token + i, column, min(Strip.width, d - column)) }
-        Tiles.product(panel: store.logits.panel(token), high: high, strip: desk.strip, depth: experts, into: desk.tile)
+      let gate = Factor(layer.values.gate, depth: experts, columns: d)
+      forEachTile(rows.count, product(store.logits.from(rows.lowerBound), gate)) { column, first, high, tile, _ in
+        for row in first + Panels.height..<max(first + Panels.height, min(first + 2 * Panels.height, rows.count)) {
+          prefetchRows(rows.lowerBound + row, column, min(Strip.width, d - column))
+        }
         for i in 0..<high {
+          let token = rows.lowerBound + first + i
           for block in stride(from: column, to: min(column + Strip.width, d), by: 16) {
             let width = min(16, d - block)
-            let sum = sumOfRows(token + i, block, width, weighted: false)
+            let sum = sumOfRows(token, block, width, weighted: false)
             gradTokens.store(
-              sum + desk.tile.vector(at: i * Strip.width + block - column), at: (token + i) * d + block, first: width)
+              sum + tile.vector(at: i * Strip.width + block - column), at: token * d + block, first: width)
           }
         }
       }

@@ -19,7 +19,7 @@ package final class Layer {
     gradients = try Parameters(shape)
     zeroing = Zeroing(gradients.base, gradients.floats, group.team)
     _ = try workspace()
-    values.draw(shape, seed: seed)
+    for tensor in values.drawn(shape, seed: seed) { group.team.run(Drawing(tensor, group.team)) }
   }
 
   /// Tensors by name, borrowed for the layer's life.
@@ -90,8 +90,29 @@ package final class Layer {
   }
 }
 
+/// Draws a tensor's values, all threads at once; each value depends on its index alone.
+private final class Drawing: TeamWork {
+  private let tensor: Parameters.Drawn
+  private let team: Team
+
+  init(_ tensor: Parameters.Drawn, _ team: Team) {
+    self.tensor = tensor
+    self.team = team
+  }
+
+  override func work(thread: Int) {
+    while case let start = team.take() * Zeroing.piece, start < tensor.count {
+      for index in start..<min(start + Zeroing.piece, tensor.count) {
+        tensor.values[index] = tensor.random.uniform(index, bound: tensor.bound)
+      }
+    }
+  }
+}
+
 /// Fills a tensor block with zeros, all threads at once.
 private final class Zeroing: TeamWork {
+  /// Floats of one task.
+  static let piece = 1 << 20
   private let base: UnsafeMutablePointer<Float>
   private let count: Int
   private let team: Team
@@ -103,11 +124,8 @@ private final class Zeroing: TeamWork {
   }
 
   override func work(thread: Int) {
-    let piece = 1 << 20
-    while true {
-      let start = team.take() * piece
-      guard start < count else { return }
-      memset(base + start, 0, min(piece, count - start) * MemoryLayout<Float>.stride)
+    while case let start = team.take() * Zeroing.piece, start < count {
+      memset(base + start, 0, min(Zeroing.piece, count - start) * MemoryLayout<Float>.stride)
     }
   }
 }

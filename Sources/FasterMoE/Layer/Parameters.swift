@@ -40,20 +40,27 @@ struct Parameters: ~Copyable {
 }
 
 extension Parameters {
-  /// Draws every weight and bias from U(-1/√in, 1/√in), as linear layers commonly start; equal for any number of workers.
-  func draw(_ shape: Shape, seed: UInt64) {
+  /// How one tensor's first values are drawn: uniform within `bound`.
+  struct Drawn {
+    let values: UnsafeMutablePointer<Float>
+    let count: Int
+    let random: RandomStream
+    let bound: Float
+  }
+
+  /// Every weight and bias starts in ±1/√in, as linear layers commonly do; equal for any number of workers.
+  func drawn(_ shape: Shape, seed: UInt64) -> [Drawn] {
     let (d, h, experts) = (shape.model, shape.hidden, shape.experts)
-    func fill(_ tensor: UnsafeMutablePointer<Float>?, stream: UInt64, count: Int, inputs: Int) {
-      guard let tensor else { return }
-      let random = RandomStream(seed: seed, stream: stream)
-      let bound = 1 / Float(inputs).squareRoot()
-      for index in 0..<count { tensor[index] = random.uniform(index, bound: bound) }
+    let tensors = [
+      (gate, experts * d, d), (inward, experts * h * d, d), (inwardBias, experts * h, d),
+      (outward, experts * d * h, h), (outwardBias, experts * d, h), (inwardLinear, experts * h * d, d),
+    ]
+    return tensors.enumerated().compactMap { stream, tensor in
+      tensor.0.map {
+        Drawn(
+          values: $0, count: tensor.1, random: RandomStream(seed: seed, stream: UInt64(stream)),
+          bound: 1 / Float(tensor.2).squareRoot())
+      }
     }
-    fill(gate, stream: 0, count: experts * d, inputs: d)
-    fill(inward, stream: 1, count: experts * h * d, inputs: d)
-    fill(inwardBias, stream: 2, count: experts * h, inputs: d)
-    fill(outward, stream: 3, count: experts * d * h, inputs: h)
-    fill(outwardBias, stream: 4, count: experts * d, inputs: h)
-    fill(inwardLinear, stream: 5, count: experts * h * d, inputs: d)
   }
 }

@@ -10,6 +10,9 @@ struct Workspace {
     /// Packed columns of a weight matrix [depth, 32]; the second for gated experts.
     let strip: UnsafeMutablePointer<Float>
     let secondStrip: UnsafeMutablePointer<Float>
+    /// What `FewRows` needs.
+    let fewRows: UnsafeMutablePointer<Float>
+    let secondFewRows: UnsafeMutablePointer<Float>
     /// Token rows on their way through the gate [gateRows, d].
     let tokens: Panels
     /// Some columns of token rows [gateRows, gateColumns].
@@ -73,9 +76,10 @@ struct Workspace {
   private static func desk(_ shape: Shape, _ arena: inout Arena) -> Desk {
     let experts = Panels.padded(shape.experts)
     let strip = max(shape.model, shape.hidden, shape.experts) * Strip.width
+    let few = FewRows.scratch(depth: max(shape.model, shape.hidden))
     return Desk(
       tile: arena.take(Tiles.floats), secondTile: arena.take(Tiles.floats), strip: arena.take(strip),
-      secondStrip: arena.take(strip),
+      secondStrip: arena.take(strip), fewRows: arena.take(few), secondFewRows: arena.take(few),
       tokens: Panels(arena.take(gateRows * Panels.padded(shape.model)), width: shape.model),
       columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), logits: arena.take(experts),
       probabilities: arena.take(experts), gradLogits: arena.take(experts), rowSums: arena.take(Block.mostRows * 16))
