@@ -20,6 +20,9 @@ extension UnsafePointer<Float> {
 
 extension UnsafeMutablePointer<Float> {
   @inline(__always) package func vector(at offset: Int = 0) -> Vector { UnsafePointer(self).vector(at: offset) }
+  @inline(__always) package func vector(at offset: Int, first count: Int) -> Vector {
+    UnsafePointer(self).vector(at: offset, first: count)
+  }
 
   @inline(__always) package func store(_ vector: Vector, at offset: Int = 0) {
     UnsafeMutableRawPointer(self + offset).storeBytes(of: vector, as: Vector.self)
