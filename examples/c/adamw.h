@@ -1,0 +1,26 @@
+/* adamw.h: parameters with their gradients, and a step of AdamW on them. */
+#ifndef ADAMW_H
+#define ADAMW_H
+#include <stdint.h>
+
+#include "matmul.h"
+
+typedef struct tensor {
+  char name[32];
+  int64_t size;
+  int decays;           /* a matrix, which weight decay may shrink */
+  int per_expert;       /* [E, ...]: a token visits k of the E */
+  float *value, *gradient;
+  float *mean, *square; /* running averages of the gradient and of its square, both from 0 */
+} tensor;
+
+typedef struct adamw {
+  double rate, beta1, beta2, epsilon, decay;
+  double clip; /* the gradient of all tensors together is shortened to this norm; 0: never */
+} adamw;
+
+double gradient_norm(team *crew, const tensor *tensors, int count);
+
+/* Uses the gradients up: they are 0 afterwards.  norm is theirs, step counts from 1. */
+void adamw_step(team *crew, tensor *tensors, int count, const adamw *how, double norm, int step);
+#endif

@@ -1,0 +1,57 @@
+/* gpt.h: a GPT whose feed-forward blocks are FasterMoE layers, with everything it takes to train it.
+ *
+ *   tokens - embed -+- norm - attention -(+)-+- norm - experts -(+)- ... - norm - head - cross-entropy
+ *                   |_____________________|  |___________________|
+ *
+ * Letters of the shapes: B sequences of T tokens, n = B T; V symbols; d width; H heads; h hidden width of an expert;
+ * E experts, of which each token visits k.  All matrices are dense row-major float32. */
+#ifndef GPT_H
+#define GPT_H
+#include <fastermoe.h>
+#include <stdint.h>
+
+#include "adamw.h"
+
+typedef struct gpt gpt;
+
+typedef struct gpt_config {
+  int vocab, context, batch;   /* V; the longest T and the largest B that a forward will see */
+  int layers, heads, width;    /* H divides d */
+  int hidden, experts, top_k;  /* h, E, k; k 0: what the gate is known for */
+  int gate, activation;        /* FMOE_GATE_TOPK ..., FMOE_GELU ... */
+  double balance_loss, z_loss; /* coefficients of the experts' two extra losses */
+  uint64_t seed;               /* of all initial values */
+  int threads;                 /* for the dense layers, and as many for the experts; 0: one per core */
+} gpt_config;
+
+/* Calls that can fail return FMOE_OK, or say why not in gpt_last_error(): this thread's latest failure, in words. */
+fmoe_status gpt_create(const gpt_config *config, gpt **out);
+void gpt_destroy(gpt *model); /* NULL is fine */
+const char *gpt_last_error(void);
+
+typedef struct gpt_loss {
+  double mean;       /* cross-entropy in nats, averaged over the tokens with a target */
+  double balance, z; /* the experts' extra losses, coefficients included; gradients are those of the sum of all three */
+  double load;       /* tokens of the fullest expert over those of the average one, averaged over layers; even is 1 */
+} gpt_loss;
+
+/* tokens and targets are [B, T], of 0..V-1; a target may also be -1: nothing to guess there.  After gpt_forward comes
+ * gpt_backward, which adds to the gradients, or nothing at all: the next forward forgets this one. */
+fmoe_status gpt_forward(gpt *model, const int32_t *tokens, const int32_t *targets, int B, int T, gpt_loss *loss);
+fmoe_status gpt_backward(gpt *model);
+
+/* A step of AdamW; zeroes the gradients. */
+fmoe_status gpt_update(gpt *model, const adamw *how, double *norm /* before clipping; may be NULL */);
+void gpt_zero_gradients(gpt *model);
+
+/* Draws what follows tokens [T] from softmax(logits / temperature); temperature 0 takes the likeliest symbol. */
+fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperature, uint64_t *random, int32_t *next);
+
+/* ---- what the model is made of; borrowed until gpt_destroy ----------------------------------- */
+const tensor *gpt_tensors(const gpt *model, int *count);
+double gpt_parameters(const gpt *model, double *active /* by one token; may be NULL */);
+double gpt_flops_per_token(const gpt *model, int T); /* forward and backward, useful ones only: see gpt.c */
+fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out); /* of the latest forward, until its backward */
+
+double gpt_random(uint64_t *state); /* the next of a sequence of numbers in [0, 1) that the first state decides */
+#endif
