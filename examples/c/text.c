@@ -56,12 +56,12 @@ static uint64_t *place(const runs *set, uint64_t hash) {
 }
 
 /* Goes through all runs of RUN words in a text; adds them to the set, or tells whether one of them is there. */
-static int walk(runs *set, const unsigned char *text, int64_t size, int adds) {
+static int walk(runs *set, const unsigned char *at, int64_t size, int adds) {
   uint64_t recent[RUN] = {0}, word = 0;
   int64_t words = 0;
   for (int64_t i = 0; i <= size; i++) {
-    if (i < size && (isalnum(text[i]) || text[i] >= 128)) {
-      word = (word ? word : 0xcbf29ce484222325u) ^ (uint64_t)tolower(text[i]); /* FNV-1a */
+    if (i < size && (isalnum(at[i]) || at[i] >= 128)) {
+      word = (word ? word : 0xcbf29ce484222325u) ^ (uint64_t)tolower(at[i]); /* FNV-1a */
       word *= 0x100000001b3u;
     } else if (word) {
       recent[words++ % RUN] = word;
@@ -83,17 +83,17 @@ static int walk(runs *set, const unsigned char *text, int64_t size, int adds) {
 }
 
 /* The end of the paragraph that begins at `from`: past the next empty line, or the end of the text. */
-static int64_t next_paragraph(const unsigned char *text, int64_t size, int64_t from) {
+static int64_t next_paragraph(const unsigned char *at, int64_t size, int64_t from) {
   for (int64_t i = from; i + 1 < size; i++)
-    if (text[i] == '\n' && text[i + 1] == '\n') {
-      for (i += 2; i < size && text[i] == '\n';) i++;
+    if (at[i] == '\n' && at[i + 1] == '\n') {
+      for (i += 2; i < size && at[i] == '\n';) i++;
       return i;
     }
   return size;
 }
 
-static int64_t cut_of(const unsigned char *text, int64_t size) { /* where the held-out end of a file begins */
-  int64_t tenth = size - size / 10, cut = next_paragraph(text, size, tenth);
+static int64_t cut_of(const unsigned char *at, int64_t size) { /* where the held-out end of a file begins */
+  int64_t tenth = size - size / 10, cut = next_paragraph(at, size, tenth);
   return cut < size ? cut : tenth; /* a last tenth without paragraphs is cut as it comes */
 }
 

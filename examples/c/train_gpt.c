@@ -31,7 +31,7 @@ static struct {
   char *prompt, *log;
 } flags = {.batch = 8, .context = 128, .layers = 3, .heads = 4, .width = 128, .hidden = 256, .experts = 8,
            .warmup = 30, .eval_every = 250, .sample = 400, .balance_loss = 0.01, .z_loss = 0.001,
-           .rate = 0.003, .temperature = 0.6, .seed = 1};
+           .rate = 0.003, .temperature = 0.8, .seed = 1};
 
 enum kind { TEXTS, WHOLE, NUMBER, SEED, WORDS, GATE, ACTIVATION };
 static const struct flag {
@@ -64,7 +64,7 @@ static const struct flag {
     {"sample", WHOLE, &flags.sample, 0, "N         characters to write at the end"},
     {"prompt", WORDS, &flags.prompt, 0, "TEXT      to continue; default: the beginning of the held-out text"},
     {"temperature", NUMBER, &flags.temperature, 0, "X    of the writing; 0: always the likeliest character"},
-    {"save-log", WORDS, &flags.log, 0, "FILE.csv"},
+    {"save-log", WORDS, &flags.log, 0, "FILE.csv  where the curve goes, see below"},
 };
 enum { FLAGS = sizeof LIST / sizeof LIST[0] };
 
@@ -141,6 +141,7 @@ static void read_flags(int count, char **arguments) {
     for (flags.texts = 0; i + 1 < count && strncmp(arguments[i + 1], "--", 2) != 0; i++) flags.texts++;
     if (flags.texts == 0) misuse("--%s needs a value%s", flag->name, "");
   }
+  if (flags.prompt && !*flags.prompt) misuse("--%s needs a character%s", "prompt", "");
   if (flags.steps == 0 && flags.seconds == 0) flags.seconds = 140;
 }
 
@@ -177,6 +178,8 @@ typedef struct training {
   text text;
   gpt *model;
   int32_t *tokens, *targets; /* [B, T] */
+  int32_t *line;             /* the prompt, and room for the sample behind it */
+  int prompt;                /* characters of the prompt */
   FILE *log;
   uint64_t random;
   double start;
@@ -227,18 +230,17 @@ static double learning_rate(int step, double progress) {
   return flags.rate * warm * (0.05 + 0.95 * 0.5 * (1 + cos(3.141592653589793 * progress)));
 }
 
-/* Strong, because the text is short: two minutes read it a dozen times and more, and the model must not learn it by heart. */
-static const double DECAY = 1;
+static const double DECAY = 1; /* strong: a short text is read a dozen times, and is not to be known by heart */
 
 static fmoe_status train(training *t) {
   int terminal = isatty(STDOUT_FILENO);
   double flops = gpt_flops_per_token(t->model, flags.context), tokens = (double)flags.batch * flags.context;
   double shown = t->start = now(), sum = 0, load = 0;
   int since = 0; /* steps since the last line was shown */
-  for (double done; (done = progress(t)) < 1 && !interrupted;) {
+  for (int last = 0; !last;) {
     gpt_loss loss;
     adamw how = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .decay = DECAY, .clip = 1};
-    how.rate = learning_rate(t->step, done);
+    how.rate = learning_rate(t->step, progress(t));
     draw_batch(t);
     TRY(gpt_forward(t->model, t->tokens, t->targets, flags.batch, flags.context, &loss));
     TRY(gpt_backward(t->model));
@@ -248,7 +250,8 @@ static fmoe_status train(training *t) {
     sum += loss.mean;
     load += loss.load;
 
-    int looks = flags.eval_every > 0 && t->step % flags.eval_every == 0;
+    last = interrupted || progress(t) >= 1;
+    int looks = last || (flags.eval_every > 0 && t->step % flags.eval_every == 0);
     double time = now(); /* of a step, without looking at the held-out text */
     if (looks || time - shown > (terminal ? 1 : 5)) {
       double rate = since * tokens / (time - shown);
@@ -268,7 +271,6 @@ static fmoe_status train(training *t) {
       fprintf(t->log, ",%.4f\n", loss.load);
     }
   }
-  if (terminal && since > 0) printf("\n");
   return FMOE_OK;
 }
 
@@ -286,29 +288,19 @@ static void introduce(const training *t) {
   fflush(stdout);
 }
 
-enum { BEGINNING = 64 }; /* characters of the held-out text that are the prompt, if there is no other */
-
 static fmoe_status write_sample(training *t) {
-  int room = (flags.prompt ? (int)strlen(flags.prompt) : BEGINNING) + flags.sample, length = 0;
-  int32_t *line = malloc(((size_t)room + 1) * sizeof line[0]);
-  if (!line) return FMOE_ERROR_MEMORY;
-  if (flags.prompt)
-    for (; flags.prompt[length]; length++) line[length] = t->text.symbol_of[(unsigned char)flags.prompt[length]];
-  else
-    while (length < BEGINNING && length < t->text.held_out_size) line[length] = t->text.held_out[length], length++;
+  int length = t->prompt;
   printf("\n--- the prompt, and after the bar what the model makes of it ---\n");
-  for (int i = 0; i < length; i++) putchar(t->text.byte_of[line[i]]);
+  for (int i = 0; i < length; i++) putchar(t->text.byte_of[t->line[i]]);
   putchar('|');
-  fmoe_status status = FMOE_OK;
-  for (int i = 0; i < flags.sample && status == FMOE_OK; i++) {
+  for (int i = 0; i < flags.sample; i++) {
     int seen = length < flags.context ? length : flags.context;
-    status = gpt_sample(t->model, line + length - seen, seen, flags.temperature, &t->random, &line[length]);
-    if (status == FMOE_OK) putchar(t->text.byte_of[line[length++]]);
+    TRY(gpt_sample(t->model, t->line + length - seen, seen, flags.temperature, &t->random, &t->line[length]));
+    putchar(t->text.byte_of[t->line[length++]]);
     fflush(stdout);
   }
   printf("\n---\n");
-  free(line);
-  return status;
+  return FMOE_OK;
 }
 
 static fmoe_status run(training *t) {
@@ -321,55 +313,66 @@ static fmoe_status run(training *t) {
   introduce(t);
   listen();
   TRY(train(t));
-  double seconds = now() - t->start;
-  TRY(evaluate(t));
   printf("\n%s after %d steps and %.0f s: held-out loss %.3f nats per character; frequencies alone give %.3f\n",
-         interrupted ? "interrupted" : "done", t->step, seconds, t->held_out, text_unigram_entropy(&t->text));
+         interrupted ? "interrupted" : "done", t->step, now() - t->start, t->held_out, text_unigram_entropy(&t->text));
   return flags.sample > 0 ? write_sample(t) : FMOE_OK;
 }
 
-static int open_all(training *t) { /* text, memory and log; returns 0, or -1 when a line on stderr tells why */
-  char error[512], **paths = flags.text;
+/* Text, memory and log; returns 0, or -1 with the reason in error [size]. */
+static int prepare(training *t, char *error, size_t size) {
+  char **paths = flags.text;
   int count = flags.texts;
-  size_t size = (size_t)flags.batch * (size_t)flags.context * sizeof(int32_t);
-  int result = paths ? 0 : text_list(FOLDER, &paths, &count, error, sizeof error);
-  if (result == 0) result = text_read(&t->text, paths, count, error, sizeof error);
-  if (!flags.text && paths) text_free_paths(paths, count);
-  if (result == 0 && (t->text.train_size <= flags.context || t->text.held_out_size < 2)) {
-    snprintf(error, sizeof error, "%lld characters are too few for a context of %d", (long long)t->text.train_size,
+  if (!paths && text_list(FOLDER, &paths, &count, error, (int)size) != 0) return -1;
+  int read = text_read(&t->text, paths, count, error, (int)size);
+  if (!flags.text) text_free_paths(paths, count);
+  if (read != 0) return -1;
+  if (t->text.train_size <= flags.context || t->text.held_out_size < 2) {
+    snprintf(error, size, "%lld characters to learn are too few for a context of %d", (long long)t->text.train_size,
              flags.context);
-    result = -1;
+    return -1;
   }
-  for (const char *c = flags.prompt ? flags.prompt : ""; *c && result == 0; c++)
-    if (t->text.symbol_of[(unsigned char)*c] < 0) {
-      snprintf(error, sizeof error, "the prompt's byte %d occurs nowhere in the text", (unsigned char)*c);
-      result = -1;
+
+  size_t batch = (size_t)flags.batch * (size_t)flags.context * sizeof(int32_t);
+  enum { BEGINNING = 64 }; /* so much of the held-out text is the prompt, if there is no other */
+  t->prompt = flags.prompt ? (int)strlen(flags.prompt) : BEGINNING;
+  if (!flags.prompt && t->prompt > t->text.held_out_size) t->prompt = (int)t->text.held_out_size;
+  t->tokens = malloc(batch);
+  t->targets = malloc(batch);
+  t->line = malloc(((size_t)t->prompt + (size_t)flags.sample) * sizeof t->line[0]);
+  if (!t->tokens || !t->targets || !t->line) {
+    snprintf(error, size, "no memory for a batch of %d times %d characters", flags.batch, flags.context);
+    return -1;
+  }
+  for (int i = 0; i < t->prompt; i++) {
+    t->line[i] = flags.prompt ? t->text.symbol_of[(unsigned char)flags.prompt[i]] : t->text.held_out[i];
+    if (t->line[i] < 0) {
+      snprintf(error, size, "byte %d of the prompt occurs nowhere in the text", i);
+      return -1;
     }
-  if (result == 0) {
-    t->tokens = malloc(size);
-    t->targets = malloc(size);
-    if (!t->tokens || !t->targets) snprintf(error, sizeof error, "no memory for a batch"), result = -1;
   }
-  if (result == 0 && flags.log && !(t->log = fopen(flags.log, "w"))) {
-    snprintf(error, sizeof error, "%s cannot be written", flags.log);
-    result = -1;
+  while (!flags.prompt && t->prompt > 1 && t->text.byte_of[t->line[t->prompt - 1]] != ' ') t->prompt--; /* whole words */
+  if (flags.log && !(t->log = fopen(flags.log, "w"))) {
+    snprintf(error, size, "%s cannot be written", flags.log);
+    return -1;
   }
-  if (result == 0 && t->log) fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
-  if (result != 0) fprintf(stderr, "train_gpt: %s\n", error);
-  return result;
+  if (t->log) fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
+  return 0;
 }
 
 int main(int count, char **arguments) {
+  char error[512];
   read_flags(count, arguments);
   training t = {.random = flags.seed, .held_out = NAN};
-  int failed = open_all(&t) != 0;
+  int failed = prepare(&t, error, sizeof error) != 0;
   if (!failed && run(&t) != FMOE_OK) {
-    fprintf(stderr, "train_gpt: %s\n", gpt_last_error());
+    snprintf(error, sizeof error, "%s", gpt_last_error());
     failed = 1;
   }
+  if (failed) fprintf(stderr, "train_gpt: %s\n", error);
   if (t.log) fclose(t.log);
   gpt_destroy(t.model);
   text_free(&t.text);
+  free(t.line);
   free(t.targets);
   free(t.tokens);
   return failed;
