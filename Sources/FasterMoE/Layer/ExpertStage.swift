@@ -182,7 +182,7 @@ extension PassContext {
 
   /// Into how many tasks a block's rows are cut: few, since each task packs the expert's weights again.
   private func rowTasks(_ blocks: Int) -> Int {
-    team.threads == 1 || blocks == 0 ? 1 : max(1, (4 * team.threads + blocks - 1) / blocks)
+    team.threads == 1 || blocks == 0 ? 1 : max(1, (8 * team.threads + blocks - 1) / blocks)
   }
 
   /// Rows of part `part` of `block`, whole panels except at its end.
