@@ -100,9 +100,11 @@ private enum ProductTile<let M: Int, let N: Int> {
     var sums1 = InlineArray<M, Vector>(repeating: .zero)
     var a = panel
     var b = strip
-    for _ in 0..<depth / 16 {
+    var left = depth
+    while left > 0 {
+      let end = min(16, left)
       var k = 0
-      while k < 16 {
+      while k < end {
         let b0 = b.vector()
         let b1 = N > 1 ? b.vector(at: 16) : .zero
         b += 32
@@ -114,18 +116,7 @@ private enum ProductTile<let M: Int, let N: Int> {
         k &+= 1
       }
       a += high &* 16
-    }
-    var k = 0
-    while k < depth % 16 {
-      let b0 = b.vector()
-      let b1 = N > 1 ? b.vector(at: 16) : .zero
-      b += 32
-      for i in 0..<M {
-        let x = Vector(repeating: a[k &+ i &* 16])
-        sums0[unchecked: i].addProduct(x, b0)
-        if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
-      }
-      k &+= 1
+      left &-= 16
     }
     for i in 0..<M {
       tile.store(sums0[unchecked: i], at: i &* 32)
