@@ -56,6 +56,30 @@ private struct Outcome: Equatable {
     }
   }
 
+  /// One expert with more rows than a block holds: its blocks add to the same gradients, one after the other.
+  @Test func blocksOfOneExpertAddUpInOrder() throws {
+    let (n, d, h) = (1800, 16, 144)  // 3 tasks a block: threads change places from block to block
+    var numbers = Numbers(21)
+    let (tokens, gradOutput, weights) = (numbers.array(n * d), numbers.array(n * d), numbers.array(n))
+    let choices = [Int32](repeating: 1, count: n)
+    func gradients(threads: Int) throws -> [Float] {
+      let shape = try Shape(model: d, hidden: h, experts: 2, choices: 1, activation: .relu)
+      let layer = try Layer(Self.group(threads: threads), shape, losses: RouterLosses(), seed: 9)
+      var (output, gradTokens) = ([Float](repeating: 0, count: n * d), [Float](repeating: 0, count: n * d))
+      try tokens.withUnsafeBufferPointer { tokens in
+        let pass = try layer.route(tokens: tokens.baseAddress, count: n, choices: choices, weights: weights)
+        try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+        try gradTokens.withUnsafeMutableBufferPointer {
+          try pass.backward(gradOutput, gradTokens: $0.baseAddress, gradWeights: nil)
+        }
+        pass.end()
+      }
+      return Array(UnsafeBufferPointer(start: layer.gradients.base, count: layer.gradients.floats))
+    }
+    let alone = try gradients(threads: 1)
+    for threads in [2, 4] { #expect(try gradients(threads: threads) == alone, "\(threads) threads") }
+  }
+
   @Test func permutingTokensPermutesOutputs() throws {
     let order = (0..<Self.n).map { ($0 * 17 + 5) % Self.n }
     let straight = try Self.run(threads: 2)
