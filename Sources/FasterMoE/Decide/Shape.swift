@@ -10,7 +10,9 @@ package struct Shape: Equatable {
     guard model > 0 else { throw Failure(.argument, "d_model must be positive, not \(model)") }
     guard hidden > 0 else { throw Failure(.argument, "d_hidden must be positive, not \(hidden)") }
     guard experts > 0 else { throw Failure(.argument, "experts must be positive, not \(experts)") }
-    guard experts <= Int(Int32.max) else { throw Failure(.argument, "experts must fit 31 bits, not \(experts)") }
+    for (size, name) in [(model, "d_model"), (hidden, "d_hidden"), (experts, "experts")] where size > Int(Int32.max) {
+      throw Failure(.argument, "\(name) must fit 31 bits, not \(size)")
+    }
     guard choices > 0 else { throw Failure(.argument, "top_k must be positive, not \(choices)") }
     guard choices <= experts else {
       throw Failure(.argument, "top_k is \(choices), but there are only \(experts) experts")
