@@ -16,8 +16,8 @@
  *             A struct of an older header is shorter: what it lacks is default.  One of a newer header is longer: it is
  *             taken if all that this library does not know is zero, else FMOE_ERROR_OPTIONS.  Structs that the library
  *             fills tell their room by struct_size and get back how many bytes were written.
- * Not a       A NaN or an infinity in a token makes that token's output row and gradients not finite, and with them the
- * number.     gradients of the experts that computed it and of the gate; no other token's output changes by a bit.
+ * Not a       A NaN or an infinity in a token makes that token's output row not finite (but ReLU may hide one), and gradients that
+ * number.     depend on the value; no other token's output changes by a bit.
  * Same bits.  The same calls on the same data give the same bits, for any number of threads.
  * This        version has groups of one worker and FMOE_GATE_TOPK.  A call or an option that is declared here and not
  * version     there yet returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
@@ -98,7 +98,7 @@ void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below; wha
 
 /* ---- layer -------------------------------------------------------------------------------- */
 enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWIGLU = 4 };
-/* FMOE_GATE_TOPK: the k highest logits x·gate choose, ties go to the lower expert, NaN ranks lowest; the weights are a
+/* FMOE_GATE_TOPK: the k highest logits x·gate choose, ties go to the lower expert, NaN ranks as -infinity; the weights are a
  * softmax over the k chosen logits, or, for k = 1, the softmax probability over all experts. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
        FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6 };
@@ -159,7 +159,7 @@ typedef struct fmoe_plan_options {
   const uint8_t *shadows;                 /* [E] 0/1, equal on all ranks; read only when shadowing is 2 */
 } fmoe_plan_options;
 typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch; the first report that a
-                                             group is asked for measures its speed, which takes about 20 ms */
+                                             group is asked for measures its speed: some 20 ms with a core a thread */
   uint32_t struct_size;                   /* in: room; out: bytes written */
   int32_t shadows;                        /* experts shadowed */
   int32_t group_size, steps;

@@ -25,6 +25,12 @@ package final class Team {
     self.threads = threads
     seats = .allocate(capacity: threads)
     signal = try Signal()
+    // The host's signals are for the host's threads: new ones inherit a mask that leaves only a thread's own faults.
+    var (none, before) = (sigset_t(), sigset_t())
+    sigfillset(&none)
+    for fault in [SIGSEGV, SIGBUS, SIGFPE, SIGILL] { sigdelset(&none, fault) }
+    pthread_sigmask(SIG_SETMASK, &none, &before)
+    defer { pthread_sigmask(SIG_SETMASK, &before, nil) }
     for index in 0..<threads {
       (seats + index).initialize(to: Seat(index: index, signal: signal, place: place))
       let failed = pthread_create(

@@ -20,13 +20,17 @@ package enum TopK {
         high.replace(with: x, where: x .> high)
       }
       let best = high.max()
-      // When all that is left is -∞ (or was NaN), the marks of earlier choices look the same: take the lowest one free.
-      var expert = 0
-      if best > -.infinity {
-        while logits[expert] != best { expert += 1 }
-      } else {
-        while (0..<choice).contains(where: { choices[$0] == Int32(expert) }) { expert += 1 }
+      // When all that is left is -∞ (or was NaN), the marks of earlier choices look the same: take the lowest ones free.
+      guard best > -.infinity else {
+        var next = choice
+        for expert in 0..<experts where next < k && !(0..<choice).contains(where: { choices[$0] == Int32(expert) }) {
+          choices[next] = Int32(expert)
+          next += 1
+        }
+        return
       }
+      var expert = 0
+      while logits[expert] != best { expert += 1 }
       choices[choice] = Int32(expert)
       logits[expert] = -.infinity
     }
