@@ -19,8 +19,12 @@
  * Not a       A NaN or an infinity in a token makes that token's output row not finite (but ReLU may hide one), and gradients that
  * number.     depend on the value; no other token's output changes by a bit.
  * Same bits.  The same calls on the same data give the same bits, for any number of threads.
- * This        version has groups of one worker and FMOE_GATE_TOPK.  A call or an option that is declared here and not
- * version     there yet returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
+ * Together.   A collective call succeeds on all ranks or fails on all.  Where one rank's arguments or memory are at fault,
+ *             that rank gets its own status and the others FMOE_ERROR_PEER, and the group may go on.  Where a peer is lost or
+ *             silent, the group is broken: its collective calls fail from then on, and destroying is all that is left.
+ *             Ranks are only known to each other by their handles: a NULL handle fails alone, its peers wait for it.
+ * This        version has the plain schedule and FMOE_GATE_TOPK.  A call or an option that is declared here and not there
+ * version     yet returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
 #ifndef FASTERMOE_H
 #define FASTERMOE_H
 #include <stdint.h>
@@ -43,14 +47,17 @@ typedef enum fmoe_status {
   FMOE_ERROR_UNSUPPORTED = 5, /*     this version cannot do that yet; the text says what */
   FMOE_ERROR_MEMORY = 20,   /* 20-39 the machine said no; objects stay usable */
   FMOE_ERROR_TOPOLOGY = 21,
-  FMOE_ERROR_PEER = 40,     /* 40-59 the group is broken; destroy it and what hangs from it */
-  FMOE_ERROR_DISAGREE = 41, /*       ranks passed different options */
+  FMOE_ERROR_PEER = 40,     /* 40-59 the group is broken; destroy it and what hangs from it.  Only where a peer's own call
+                                     was at fault, which the text says, and with DISAGREE may the group go on */
+  FMOE_ERROR_DISAGREE = 41, /*       ranks passed different options, or are in different calls */
   FMOE_ERROR_TIMEOUT = 42,  /*       a peer did not answer within timeout_seconds */
   FMOE_ERROR_INTERNAL = 60, /* 60-79 a defect here; please report */
   FMOE_STATUS_FORCE_32 = 0x7fffffff
 } fmoe_status;
 const char *fmoe_status_name(int32_t status); /* static; never NULL */
 const char *fmoe_last_error(void);            /* this thread's latest failure, in words; until its next failure */
+/* For headers that add to this one, as fastermoe_mpi.h does: copies words for fmoe_last_error (NULL: leaves what is there), returns status. */
+fmoe_status fmoe_set_last_error(fmoe_status status, const char *words);
 uint32_t fmoe_version(void);                  /* of the loaded library: major << 16 | minor << 8 | patch */
 
 /* ---- objects ----------------------------------------------------------------------------- */
@@ -60,8 +67,10 @@ typedef struct fmoe_pass fmoe_pass;       /* one batch on its trip through one l
 typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers, links, rates         */
 
 /* ---- group: who works together, over what, on which cores ---------------------------------
- * A rank computes on threads of its own, one for each core that the creating thread may run on, asleep between calls.
- * Calls on a group and on all that hangs from it are taken one at a time; a second host thread waits. */
+ * A rank computes on threads of its own, asleep between calls: one for each core of its share.  Ranks that may use the same
+ * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.
+ * Calls on a rank's group and on all that hangs from it are taken one at a time; a second host thread waits.
+ * With fmoe_group_create_local, each rank's calls come from a thread of its own: collective calls wait for the others. */
 typedef struct fmoe_message {             /* one leg of an exchange */
   int32_t peer;                           /* 0..W-1, never this rank */
   int32_t receiving;                      /* 0: bytes go to peer; 1: peer's bytes arrive here */
@@ -74,23 +83,28 @@ typedef struct fmoe_transport {           /* what the library needs from MPI, UC
   void *context;                          /* kept until release; one thread at a time calls with it */
   /* start returns at once.  From one rank to another, the i-th message sent meets the i-th received; their sizes agree.
    * test sets *done to 1 once all messages of the request have moved, which ends the request; it also drives progress.
-   * Both return 0, or anything else when a peer is lost: the group is then broken. */
-  int32_t (*start)(void *context, const fmoe_message *messages, int32_t count, void **request);
+   * Both return 0, or anything else when a peer is lost: the group is then broken.
+   * The library calls them from the thread that is in a collective call and only during such calls.  It sends large
+   * volumes in messages of 60 KiB at most, several under way to each peer and received ahead; a sent message that counts
+   * as moved only once its receiver has it (as MPI_Issend does) bounds what a slow receiver must store.
+   * release: once the group is gone; from then on no message's bytes may be touched.  If making the group fails, release
+   * is not called and the context stays the caller's; where a peer was lost, requests may then still be open. */
+  int32_t (*start)(void *context, const fmoe_message *messages, int32_t count /* 1 or more */, void **request);
   int32_t (*test)(void *context, void *request, int32_t *done);
   void (*release)(void *context);         /* may be NULL */
 } fmoe_transport;
 typedef struct fmoe_group_options {
   uint32_t struct_size;
-  int32_t threads;                        /* compute threads of this rank; default: its share of the cores it may use */
+  int32_t threads;                        /* compute threads of this rank; default: one per core of its share, at least 1 */
   int32_t bind;                           /* 0 pin threads to cores as hwloc says, 1 leave them to the scheduler */
   int32_t reserved;
-  double timeout_seconds;                 /* longest wait for a peer; default: forever */
+  double timeout_seconds;                 /* longest wait for a peer in which nothing comes; default: forever */
   const char *topology;                   /* hwloc XML path or synthetic string; default: this machine.  What is described
                                              gives the number of threads; they are only pinned on this machine */
   const char *profile;                    /* file of measured rates: read if there, written by fmoe_group_calibrate */
 } fmoe_group_options;
-fmoe_status fmoe_group_create(const fmoe_transport *transport, const fmoe_group_options *options /* NULL: defaults */,
-                              fmoe_group **out); /* collective */
+fmoe_status fmoe_group_create(const fmoe_transport *transport /* its context: kept, if this succeeds */,
+                              const fmoe_group_options *options /* NULL: defaults */, fmoe_group **out); /* collective */
 fmoe_status fmoe_group_create_local(int32_t size, const fmoe_group_options *options /* NULL: defaults */,
                                     fmoe_group **out /* [size] */); /* ranks as threads of this process; size 1: alone */
 fmoe_status fmoe_group_calibrate(fmoe_group *group, double seconds /* to spend, about */); /* collective */
@@ -112,7 +126,8 @@ typedef struct fmoe_layer_options {
   int32_t gate;                           /* FMOE_GATE_TOPK ... */
   uint64_t seed;                          /* of initial weights and of every random choice; equal on all ranks */
   double capacity_factor;                 /* gates with a capacity: its factor; default: the gate's own */
-  double balance_loss;                    /* a of a·E·sum_e f_e·P_e (f: share of all choices, P: mean probability); default 0 */
+  double balance_loss;                    /* a of a·E·sum_e f_e·P_e (f: share of all workers' choices, P: mean probability
+                                             over this worker's tokens); default 0 */
   double z_loss;                          /* a of a·mean over tokens of (log sum_e exp logit_e)^2; default 0 */
   double remote_share;                    /* topology gates: most tokens that may leave the node, (0, 1]; default: as predicted */
 } fmoe_layer_options;
@@ -134,7 +149,9 @@ typedef struct fmoe_tensors {             /* values or gradients; borrowed until
 fmoe_status fmoe_layer_values(fmoe_layer *layer, fmoe_tensors *out);
 fmoe_status fmoe_layer_gradients(fmoe_layer *layer, fmoe_tensors *out); /* backward adds */
 fmoe_status fmoe_layer_zero_gradients(fmoe_layer *layer);
-fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer); /* collective: of the mean over workers of their losses */
+/* Collective.  Afterwards every gradient is that of the mean over workers of their losses: what backward adds to w1 ... w3
+ * is so already, the gate's gradient becomes so here, equal on all ranks.  grad_tokens stay those of the worker's own loss. */
+fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer);
 fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path); /* collective; safetensors, any W reads it back */
 fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path); /* collective */
 
@@ -159,7 +176,8 @@ typedef struct fmoe_plan_options {
   const uint8_t *shadows;                 /* [E] 0/1, equal on all ranks; read only when shadowing is 2 */
 } fmoe_plan_options;
 typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch; the first report that a
-                                             group is asked for measures its speed: some 20 ms with a core a thread */
+                                             group is asked for measures its speed: some 20 ms with a core a thread.  Over a
+                                             transport this version gives no report: FMOE_ERROR_UNSUPPORTED */
   uint32_t struct_size;                   /* in: room; out: bytes written */
   int32_t shadows;                        /* experts shadowed */
   int32_t group_size, steps;

@@ -19,6 +19,9 @@ func answer(_ call: () throws(Failure) -> Void) -> fmoe_status {
     case .unsupported: FMOE_ERROR_UNSUPPORTED
     case .memory: FMOE_ERROR_MEMORY
     case .topology: FMOE_ERROR_TOPOLOGY
+    case .peer: FMOE_ERROR_PEER
+    case .disagree: FMOE_ERROR_DISAGREE
+    case .timeout: FMOE_ERROR_TIMEOUT
     case .internalDefect: FMOE_ERROR_INTERNAL
     }
   }
@@ -38,9 +41,11 @@ enum LastError {
     return key
   }()
 
-  static func set(_ message: String) {
+  static func set(_ message: String) { message.withCString { set($0) } }
+
+  static func set(_ message: UnsafePointer<CChar>) {
     guard let text = pthread_getspecific(key) ?? fresh() else { return }
-    _ = message.withCString { strncpy(text.assumingMemoryBound(to: CChar.self), $0, room - 1) }
+    strncpy(text.assumingMemoryBound(to: CChar.self), message, room - 1)
   }
 
   static var text: UnsafePointer<CChar> {
@@ -64,6 +69,10 @@ private nonisolated(unsafe) let empty: UnsafePointer<CChar> = {
 func require<T>(_ pointer: T?, _ name: StaticString) throws(Failure) -> T {
   guard let pointer else { throw Failure(.argument, "\(name) is NULL") }
   return pointer
+}
+
+func refuseNull(_ pointer: UnsafeMutablePointer<OpaquePointer?>?, _ name: StaticString) throws(Failure) {
+  if pointer == nil { throw Failure(.argument, "\(name) is NULL") }
 }
 
 /// Reads a struct that begins with its `struct_size`: what an older, shorter one lacks is zero, and a newer, longer one

@@ -29,6 +29,12 @@ public func fmoe_status_name(_ status: Int32) -> UnsafePointer<CChar>! {
 @_cdecl("fmoe_last_error") @implementation
 public func fmoe_last_error() -> UnsafePointer<CChar>! { LastError.text }
 
+@_cdecl("fmoe_set_last_error") @implementation
+public func fmoe_set_last_error(_ status: fmoe_status, _ words: UnsafePointer<CChar>!) -> fmoe_status {
+  if let words { LastError.set(words) }
+  return status
+}
+
 @_cdecl("fmoe_version") @implementation
 public func fmoe_version() -> UInt32 {
   UInt32(FMOE_VERSION_MAJOR) << 16 | UInt32(FMOE_VERSION_MINOR) << 8 | UInt32(FMOE_VERSION_PATCH)
@@ -40,7 +46,19 @@ public func fmoe_version() -> UInt32 {
 public func fmoe_group_create(
   _ transport: UnsafePointer<fmoe_transport>!, _ options: UnsafePointer<fmoe_group_options>!,
   _ out: UnsafeMutablePointer<OpaquePointer?>!
-) -> fmoe_status { unsupported("a group over a transport") }
+) -> fmoe_status {
+  answer { () throws(Failure) in
+    let transport = try HostTransport(transport)
+    var given = Group.Options()
+    let refused = failure { () throws(Failure) in
+      try refuseNull(out, "out")
+      given = try groupOptions(options)
+    }
+    let group = try Group.over(transport, given, failure: refused)
+    transport.keep()
+    out.pointee = handle(group)
+  }
+}
 
 @_cdecl("fmoe_group_create_local") @implementation
 public func fmoe_group_create_local(
@@ -49,10 +67,11 @@ public func fmoe_group_create_local(
   answer { () throws(Failure) in
     let out = try require(out, "out")
     guard size >= 1 else { throw Failure(.argument, "size must be positive, not \(size)") }
-    guard size == 1 else {
-      throw Failure(.unsupported, "a group of \(size) workers is not in this version yet, only of 1")
+    guard size <= Group.mostThreads else {
+      throw Failure(.argument, "\(size) ranks are more than the \(Group.mostThreads) one process may have")
     }
-    out[0] = handle(try Group(try groupOptions(options)))
+    let groups = try Group.local(Int(size), try groupOptions(options))
+    for (rank, group) in groups.enumerated() { out[rank] = handle(group) }
   }
 }
 
@@ -74,12 +93,13 @@ public func fmoe_layer_create(
 ) -> fmoe_status {
   answer { () throws(Failure) in
     let group: Group = try object(group, "group")
-    let out = try require(out, "out")
-    let given = try LayerOptions(options)
-    out.pointee = handle(
-      try group.exclusively { () throws(Failure) in
-        try Layer(group, given.shape, losses: given.losses, seed: given.seed)
-      })
+    let layer = try group.exclusively { () throws(Failure) in
+      try Layer.together(group) { () throws(Failure) in
+        try refuseNull(out, "out")
+        return try Layer.Options(options)
+      }
+    }
+    out.pointee = handle(layer)
   }
 }
 
@@ -110,8 +130,8 @@ private func writeTensors(_ t: Layer.Tensors, of layer: Layer, to out: UnsafeMut
   let out = try require(out, "out")
   write(
     fmoe_tensors(
-      struct_size: 0, local_experts: Int32(layer.shape.experts), first_expert: 0, gate: t.gate, w1: t.inward,
-      b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear),
+      struct_size: 0, local_experts: Int32(layer.owned.count), first_expert: Int64(layer.owned.lowerBound),
+      gate: t.gate, w1: t.inward, b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear),
     to: out, room: try room(in: out, "out"))
 }
 
@@ -125,8 +145,10 @@ public func fmoe_layer_zero_gradients(_ layer: OpaquePointer!) -> fmoe_status {
 
 @_cdecl("fmoe_layer_reduce_gradients") @implementation
 public func fmoe_layer_reduce_gradients(_ layer: OpaquePointer!) -> fmoe_status {
-  // The mean over one worker's losses is that worker's loss: its gradients are complete as backward left them.
-  answer { () throws(Failure) in let _: Layer = try object(layer, "layer") }
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    try layer.group.exclusively { () throws(Failure) in try layer.reduceGradients() }
+  }
 }
 
 @_cdecl("fmoe_layer_save") @implementation
@@ -147,9 +169,11 @@ public func fmoe_gate(
 ) -> fmoe_status {
   answer { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
-    let out = try require(out, "out")
-    out.pointee = handle(
-      try layer.group.exclusively { () throws(Failure) in try layer.gate(tokens: tokens, count: Int(n)) })
+    let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
+    let pass = try layer.group.exclusively { () throws(Failure) in
+      try layer.gate(tokens: tokens, count: Int(n), refused: refused)
+    }
+    out.pointee = handle(pass)
   }
 }
 
@@ -160,11 +184,11 @@ public func fmoe_route(
 ) -> fmoe_status {
   answer { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
-    let out = try require(out, "out")
-    out.pointee = handle(
-      try layer.group.exclusively { () throws(Failure) in
-        try layer.route(tokens: tokens, count: Int(n), choices: choices, weights: weights)
-      })
+    let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
+    let pass = try layer.group.exclusively { () throws(Failure) in
+      try layer.route(tokens: tokens, count: Int(n), choices: choices, weights: weights, refused: refused)
+    }
+    out.pointee = handle(pass)
   }
 }
 
@@ -189,10 +213,14 @@ public func fmoe_plan(
 ) -> fmoe_status {
   answer { () throws(Failure) in
     let pass: Pass = try object(pass, "pass")
-    let request = try planRequest(options, experts: pass.shape.experts)
-    let space = try report.map { (out) throws(Failure) in try room(in: out, "report") }
-    let plan = try pass.group.exclusively { () throws(Failure) in try pass.plan(request, wantsReport: space != nil) }
-    if let plan, let space { write(cReport(plan), to: report, room: space) }
+    var space = 0
+    let plan = try pass.group.exclusively { () throws(Failure) in
+      try pass.plan(wantsReport: report != nil) { () throws(Failure) in
+        if let report { space = try room(in: report, "report") }
+        return try planRequest(options, experts: pass.shape.experts)
+      }
+    }
+    if let plan, let report { write(cReport(plan), to: report, room: space) }
   }
 }
 

@@ -16,14 +16,11 @@ func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -
   options.threads = Int(c.threads)
   options.pins = c.bind == 0
   options.topology = c.topology
+  options.timeout = c.timeout_seconds > 0 ? Seconds(c.timeout_seconds) : nil
   return options
 }
 
-struct LayerOptions {
-  let shape: Shape
-  let losses: RouterLosses
-  let seed: UInt64
-
+extension Layer.Options {
   init(_ given: UnsafePointer<fmoe_layer_options>?) throws(Failure) {
     let required = MemoryLayout<fmoe_layer_options>.offset(of: \.activation)!
     let c = try readOptions(
@@ -37,7 +34,7 @@ struct LayerOptions {
     case FMOE_SWIGLU: activation = .swiglu
     default: throw Failure(.options, "activation \(c.activation) is none of FMOE_GELU ... FMOE_SWIGLU")
     }
-    try LayerOptions.checkGate(Int(c.gate))
+    try Layer.Options.checkGate(Int(c.gate))
     guard c.capacity_factor == 0 else {
       throw Failure(.options, "capacity_factor is set, but FMOE_GATE_TOPK has no capacity")
     }
@@ -47,11 +44,10 @@ struct LayerOptions {
     }
     guard c.top_k >= 0 else { throw Failure(.argument, "top_k must not be negative, not \(c.top_k)") }
     let experts = Int(c.experts)
-    shape = try Shape(
+    let shape = try Shape(
       model: Int(c.d_model), hidden: Int(c.d_hidden), experts: experts,
       choices: c.top_k > 0 ? Int(c.top_k) : max(1, min(2, experts)), activation: activation)
-    losses = RouterLosses(balance: c.balance_loss, z: c.z_loss)
-    seed = c.seed
+    self.init(shape, losses: RouterLosses(balance: c.balance_loss, z: c.z_loss), seed: c.seed)
   }
 
   private static func checkGate(_ gate: Int) throws(Failure) {

@@ -5,12 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "check.h"
-#include "oracle.h"
+#include "batch.h"
 
-/* Largest difference allowed, relative to the largest value of the same tensor.  The library sums in float32: 2^-24 for
- * each rounding, sums of up to a few thousand terms, and the polynomials of its activations; about ten times that. */
-static const double rounding = 2e-5;
 /* Of the oracle with the twelve printed digits of the golden vectors, relative. */
 static const double printed = 1e-11;
 /* Of the library with the golden vectors, relative: checksums add values of both signs, weighted up to 7. */
@@ -18,26 +14,16 @@ static const double golden = 1e-5;
 /* Central differences with step 1e-5 in Double: 1e-10 of truncation, 1e-11 / 1e-5 of cancellation, some room. */
 static const double differences = 2e-6;
 static const uint64_t seed = 20220404;
-static const char *names[TENSORS] = {"gate", "w1", "b1", "w2", "b2", "w3"};
 static int small;
 
 /* ---- one problem, in the oracle and in the library ----------------------------------------- */
-
-/* Values are rounded to float32, so that both sides start from the same numbers. */
-static void fill_float(double *values, int64_t count, double scale, uint64_t *state) {
-  fill(values, count, scale, state);
-  for (int64_t i = 0; i < count; i++) values[i] = (float)values[i];
-}
 
 static oracle *problem(int64_t n, int64_t k, int64_t E, int64_t d, int64_t h, int32_t activation) {
   uint64_t state = seed + (uint64_t)(n + 1000 * k + 10000 * activation);
   oracle *o = oracle_create(n, k, E, d, h, activation);
   fill_float(o->x, n * d, 1, &state);
   fill_float(o->grad_y, n * d, 1, &state);
-  for (int t = 0; t < TENSORS; t++) {
-    double scale = t == B1 || t == B2 ? 0.1 : 2 / sqrt((double)(t == W2 ? h : d)); /* values stay about 1 */
-    fill_float(o->values[t], o->sizes[t], scale, &state);
-  }
+  fill_values(o, &state);
   return o;
 }
 
@@ -50,96 +36,11 @@ static void route_by_hand(oracle *o) {
     o->choice[s] = s % 7 == 3 ? -1 : (int32_t)(uniform(&state) * (double)o->experts);
 }
 
-static void tensors_of(const fmoe_tensors *t, float *list[TENSORS]) {
-  float *in_order[TENSORS] = {t->gate, t->w1, t->b1, t->w2, t->b2, t->w3};
-  memcpy(list, in_order, sizeof in_order);
-}
-
 static fmoe_group *group_with(int32_t threads) {
   fmoe_group_options options = {.struct_size = sizeof options, .threads = threads, .bind = 1};
   fmoe_group *group = NULL;
   if (!EXPECT(FMOE_OK, fmoe_group_create_local(1, &options, &group))) exit(summary());
   return group;
-}
-
-static fmoe_layer *layer_of(fmoe_group *group, const oracle *o) {
-  fmoe_layer_options options = {.struct_size = sizeof options, .top_k = (int32_t)o->choices, .d_model = o->model,
-                                .d_hidden = o->hidden, .experts = o->experts, .activation = o->activation,
-                                .balance_loss = o->balance, .z_loss = o->z};
-  fmoe_tensors tensors = {.struct_size = sizeof tensors};
-  fmoe_layer *layer = NULL;
-  float *values[TENSORS];
-  if (!EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layer))) exit(summary());
-  if (!EXPECT(FMOE_OK, fmoe_layer_values(layer, &tensors))) exit(summary());
-  CHECK(tensors.local_experts == o->experts && tensors.first_expert == 0, "all experts are here");
-  tensors_of(&tensors, values);
-  for (int t = 0; t < TENSORS; t++) {
-    CHECK((values[t] != NULL) == (o->sizes[t] > 0), "%s is there exactly if it has elements", names[t]);
-    for (int64_t i = 0; i < o->sizes[t]; i++) values[t][i] = (float)o->values[t][i];
-  }
-  return layer;
-}
-
-/* One batch in the library: its arguments, results and parts, in one block so that runs compare as bits. */
-typedef struct batch {
-  const oracle *o;
-  fmoe_pass *pass;
-  int32_t *choice;
-  float *block, *x, *grad_y, *weight, *y, *grad_x, *grad_weight, *gradients[TENSORS];
-  int64_t size;
-} batch;
-
-static batch batch_of(const oracle *o) {
-  batch b = {.o = o};
-  int64_t rows = o->tokens * o->model, slots = o->tokens * o->choices, at = 0;
-  struct { float **part; int64_t size; const double *from; } parts[6 + TENSORS] = {
-      {&b.x, rows, o->x}, {&b.grad_y, rows, o->grad_y}, {&b.weight, slots, o->weight},
-      {&b.y, rows, NULL}, {&b.grad_x, rows, NULL},      {&b.grad_weight, slots, NULL}};
-  for (int t = 0; t < TENSORS; t++) parts[6 + t].part = &b.gradients[t], parts[6 + t].size = o->sizes[t];
-  for (int p = 0; p < 6 + TENSORS; p++) b.size += parts[p].size;
-  b.block = calloc((size_t)b.size + 1, sizeof(float));
-  b.choice = calloc((size_t)slots + 1, sizeof(int32_t));
-  if (!b.block || !b.choice) abort();
-  memcpy(b.choice, o->choice, (size_t)slots * sizeof(int32_t));
-  for (int p = 0; p < 6 + TENSORS; at += parts[p++].size) {
-    *parts[p].part = b.block + at;
-    for (int64_t i = 0; parts[p].from && i < parts[p].size; i++) b.block[at + i] = (float)parts[p].from[i];
-  }
-  for (int64_t i = 0; i < rows; i++) b.y[i] = b.grad_x[i] = 7; /* both are overwritten */
-  return b;
-}
-
-static void batch_free(batch *b) {
-  fmoe_pass_destroy(b->pass);
-  free(b->block), free(b->choice);
-}
-
-static void begin(batch *b, fmoe_layer *layer) {
-  if (b->o->routed) EXPECT(FMOE_OK, fmoe_route(layer, b->x, b->o->tokens, b->choice, b->weight, &b->pass));
-  else EXPECT(FMOE_OK, fmoe_gate(layer, b->x, b->o->tokens, &b->pass));
-}
-
-static void forward(batch *b) { EXPECT(FMOE_OK, fmoe_forward(b->pass, b->y)); }
-
-static void backward(batch *b) {
-  EXPECT(FMOE_OK, fmoe_backward(b->pass, b->grad_y, b->grad_x, b->o->routed ? b->grad_weight : NULL));
-}
-
-static void read_gradients(batch *b, fmoe_layer *layer) {
-  fmoe_tensors tensors = {.struct_size = sizeof tensors};
-  float *gradients[TENSORS];
-  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &tensors));
-  tensors_of(&tensors, gradients);
-  for (int t = 0; t < TENSORS; t++)
-    if (b->o->sizes[t]) memcpy(b->gradients[t], gradients[t], (size_t)b->o->sizes[t] * sizeof(float));
-}
-
-static batch run(fmoe_layer *layer, const oracle *o) {
-  batch b = batch_of(o);
-  EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
-  begin(&b, layer), forward(&b), backward(&b);
-  read_gradients(&b, layer);
-  return b;
 }
 
 static batch run_alone(const oracle *o, int32_t threads) {
@@ -151,54 +52,6 @@ static batch run_alone(const oracle *o, int32_t threads) {
   fmoe_layer_destroy(layer);
   fmoe_group_destroy(group);
   return b;
-}
-
-/* ---- comparing ----------------------------------------------------------------------------- */
-
-static void check_close(const char *what, const char *name, const float *got, const double *wanted, int64_t count) {
-  double largest = 0, difference = 0;
-  int64_t worst = 0;
-  for (int64_t i = 0; i < count; i++) {
-    double apart = fabs((double)got[i] - wanted[i]);
-    largest = fmax(largest, fabs(wanted[i]));
-    if (!(apart <= difference)) difference = isnan(apart) ? INFINITY : apart, worst = i;
-  }
-  CHECK(difference <= rounding * largest, "%s: %s[%lld] is %.9g, not %.9g", what, name, (long long)worst,
-        count ? (double)got[worst] : 0, count ? wanted[worst] : 0);
-}
-
-static void check_bits(const char *what, const batch *a, const batch *b) {
-  CHECK(a->size == b->size && !memcmp(a->block, b->block, (size_t)a->size * sizeof(float)), "%s", what);
-}
-
-/* Choices are compared exactly: no problem here has two logits of one token closer than float32 tells apart. */
-static void check_routing(const char *what, const batch *b, const oracle *o) {
-  fmoe_routing r = {.struct_size = sizeof r};
-  int64_t slots = o->tokens * o->choices;
-  if (!EXPECT(FMOE_OK, fmoe_pass_routing(b->pass, &r))) return;
-  CHECK(r.struct_size == sizeof r && r.tokens == o->tokens && r.top_k == o->choices, "%s", what);
-  CHECK(!slots || !memcmp(r.choices, o->choice, (size_t)slots * sizeof *o->choice), "%s", what);
-  CHECK(!memcmp(r.counts, o->counts, (size_t)o->experts * sizeof *o->counts), "%s", what);
-  check_close(what, "weights", r.weights, o->weight, slots);
-  CHECK(fabs(r.balance_loss - o->balance_loss) <= rounding * o->balance_loss, "%s: %.9g, not %.9g", what,
-        r.balance_loss, o->balance_loss);
-  CHECK(fabs(r.z_loss - o->z_loss) <= rounding * o->z_loss, "%s: %.9g, not %.9g", what, r.z_loss, o->z_loss);
-}
-
-static void check_gradients(const char *what, const batch *b, const oracle *o) {
-  int untouched = 1;
-  for (int t = 0; t < TENSORS; t++) {
-    check_close(what, names[t], b->gradients[t], o->gradients[t], o->sizes[t]);
-    int64_t share = o->sizes[t] / o->experts;
-    for (int64_t i = 0; t != GATE && i < o->sizes[t]; i++) untouched &= o->counts[i / share] || b->gradients[t][i] == 0;
-  }
-  CHECK(untouched, "%s: experts without tokens have gradients of exactly 0", what);
-}
-
-static void check_batch(const char *what, const batch *b, const oracle *o) {
-  check_close(what, "y", b->y, o->y, o->tokens * o->model);
-  check_close(what, "grad_tokens", b->grad_x, o->grad_x, o->tokens * o->model);
-  if (o->routed) check_close(what, "grad_weights", b->grad_weight, o->grad_weight, o->tokens * o->choices);
 }
 
 /* ---- the oracle itself --------------------------------------------------------------------- */
@@ -287,7 +140,8 @@ static void test_oracle(void) {
         loss_of(o);
         check_differences(o, "x", o->x, o->grad_x, 4 * 6);
         if (routed) check_differences(o, "weight", o->weight, o->grad_weight, 3); /* slot 3 is dropped */
-        for (int t = 0; t < TENSORS; t++) check_differences(o, names[t], o->values[t], o->gradients[t], o->sizes[t]);
+        for (int t = 0; t < TENSORS; t++)
+          check_differences(o, tensor_names[t], o->values[t], o->gradients[t], o->sizes[t]);
         oracle_destroy(o);
       }
 }
@@ -359,22 +213,22 @@ static void test_accumulation(void) {
     memcpy(second->values[t], first->values[t], (size_t)first->sizes[t] * sizeof(double));
   oracle_gate(first), oracle_run(first), oracle_gate(second), oracle_run(second);
   fmoe_layer *layer = layer_of(group, first);
-  batch a = run(layer, first), b = batch_of(second);
+  batch a = run(layer, first), b = batch_of(second, layer);
   begin(&b, layer), forward(&b), backward(&b), read_gradients(&b, layer);
   for (int t = 0; t < TENSORS; t++) {
     for (int64_t i = 0; i < first->sizes[t]; i++) second->gradients[t][i] += first->gradients[t][i];
-    check_close("two passes", names[t], b.gradients[t], second->gradients[t], second->sizes[t]);
+    check_close("two passes", tensor_names[t], b.gradients[t], second->gradients[t], second->sizes[t]);
   }
   EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer)); /* of one worker: the mean is what it has */
-  batch kept = batch_of(second);
+  batch kept = batch_of(second, layer);
   read_gradients(&kept, layer);
   for (int t = 0; t < TENSORS; t++)
-    CHECK(!memcmp(kept.gradients[t], b.gradients[t], (size_t)first->sizes[t] * sizeof(float)), "%s", names[t]);
+    CHECK(!memcmp(kept.gradients[t], b.gradients[t], (size_t)first->sizes[t] * sizeof(float)), "%s", tensor_names[t]);
   EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
   read_gradients(&kept, layer);
   for (int t = 0; t < TENSORS; t++)
     for (int64_t i = 0; i < first->sizes[t]; i++)
-      if (kept.gradients[t][i] != 0) i = first->sizes[t], CHECK(0, "%s is not zero after zero_gradients", names[t]);
+      if (kept.gradients[t][i] != 0) i = kept.sizes[t], CHECK(0, "%s is not zero after zeroing", tensor_names[t]);
   batch_free(&a), batch_free(&b), batch_free(&kept);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
   oracle_destroy(first), oracle_destroy(second);
@@ -392,7 +246,7 @@ static void test_passes_in_flight(void) {
     for (int t = 0; t < TENSORS; t++) memcpy(o[p]->values[t], o[0]->values[t], (size_t)o[0]->sizes[t] * sizeof(double));
     oracle_gate(o[p]), oracle_run(o[p]);
     if (!p) layer = layer_of(group, o[0]);
-    b[p] = batch_of(o[p]);
+    b[p] = batch_of(o[p], layer);
     begin(&b[p], layer);
   }
   forward(&b[2]), forward(&b[0]), forward(&b[1]);
@@ -403,7 +257,7 @@ static void test_passes_in_flight(void) {
   read_gradients(&b[0], layer);
   for (int t = 0; t < TENSORS; t++) {
     for (int64_t i = 0; i < o[0]->sizes[t]; i++) o[0]->gradients[t][i] += o[2]->gradients[t][i];
-    check_close("in flight", names[t], b[0].gradients[t], o[0]->gradients[t], o[0]->sizes[t]);
+    check_close("in flight", tensor_names[t], b[0].gradients[t], o[0]->gradients[t], o[0]->sizes[t]);
   }
   for (int p = 0; p < 3; p++) batch_free(&b[p]), oracle_destroy(o[p]);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
@@ -435,7 +289,7 @@ static void test_route_is_gate(void) {
   fmoe_group *group = group_with(2);
   fmoe_layer *layer = layer_of(group, o);
   fmoe_routing r = {.struct_size = sizeof r};
-  batch gated = run(layer, o), routed = batch_of(o);
+  batch gated = run(layer, o), routed = batch_of(o, layer);
   EXPECT(FMOE_OK, fmoe_pass_routing(gated.pass, &r));
   EXPECT(FMOE_OK, fmoe_route(layer, routed.x, o->tokens, r.choices, r.weights, &routed.pass));
   forward(&routed);
@@ -484,7 +338,7 @@ static void check_choices(const char *what, oracle *o, const int32_t *wanted) {
   fmoe_group *group = group_with(1);
   fmoe_layer *layer = layer_of(group, o);
   fmoe_routing r = {.struct_size = sizeof r};
-  batch b = batch_of(o);
+  batch b = batch_of(o, layer);
   begin(&b, layer);
   if (EXPECT(FMOE_OK, fmoe_pass_routing(b.pass, &r)))
     for (int64_t i = 0; i < o->tokens; i++)
@@ -522,11 +376,12 @@ static void test_initial_values(void) {
   }
   for (int t = 0; t < W3; t++) {
     double bound = 1 / sqrt((double)(t == W2 || t == B2 ? h : d)), largest = 0;
-    CHECK(!memcmp(values[0][t], values[1][t], (size_t)sizes[t] * sizeof(float)), "%s: one seed, one start", names[t]);
+    CHECK(!memcmp(values[0][t], values[1][t], (size_t)sizes[t] * sizeof(float)), "%s: one seed, one start",
+          tensor_names[t]);
     if (t == GATE || t == W1 || t == W2)
-      CHECK(memcmp(values[0][t], values[2][t], (size_t)sizes[t] * sizeof(float)), "%s: two seeds", names[t]);
+      CHECK(memcmp(values[0][t], values[2][t], (size_t)sizes[t] * sizeof(float)), "%s: two seeds", tensor_names[t]);
     for (int64_t i = 0; i < sizes[t]; i++) largest = fmax(largest, fabs((double)values[0][t][i]));
-    CHECK(largest <= bound * (1 + rounding), "%s starts within 1/sqrt(in): %g", names[t], largest);
+    CHECK(largest <= bound * (1 + rounding), "%s starts within 1/sqrt(in): %g", tensor_names[t], largest);
   }
   for (int i = 0; i < 3; i++) fmoe_layer_destroy(layers[i]);
   fmoe_group_destroy(group);

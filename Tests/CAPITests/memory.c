@@ -1,9 +1,12 @@
 /* memory.c: a step in its stride allocates nothing, a refused allocation is a status and no more, and nothing leaks.
  *
+ * All of it on one worker alone and on two, over the library's own memory and over a mailbox.
+ *
  * This program stands in front of the allocator: it counts, and it refuses on demand.  Every refusal gets a process of
- * its own (`memory refuse I`), so that a crash is one failed check. */
+ * its own (`memory refuse KIND I`), so that a crash is one failed check. */
 #include <errno.h>
 #include <malloc.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -13,6 +16,7 @@
 
 #include "check.h"
 #include "oracle.h"
+#include "transports.h"
 
 /* ---- in front of the allocator ------------------------------------------------------------- */
 
@@ -88,13 +92,51 @@ int munmap(void *address, size_t size) {
   return status;
 }
 
+/* ---- the ranks ----------------------------------------------------------------------------- */
+
+enum { ALONE, LOCAL, MAILBOX, KINDS }; /* of groups; the latter two have a rank on this thread and one on another */
+static const char *const kind_names[KINDS] = {"alone", "local", "mailbox"};
+enum { MOST = 2 };
+
+static int kind;
+static int32_t ranks;
+static pthread_barrier_t meeting;
+static mailbox *mail;
+static fmoe_group *groups[MOST];
+
+static void meet(void) { pthread_barrier_wait(&meeting); }
+
+typedef struct turn {
+  int32_t rank;
+  void (*work)(int32_t rank);
+} turn;
+
+static void *take_turn(void *argument) {
+  const turn *t = argument;
+  t->work(t->rank);
+  return NULL;
+}
+
+/* Both threads live as long as the work: what the C library keeps for a new one is no business of the tests. */
+static void run_ranks(int of_kind, void (*work)(int32_t rank)) {
+  turn other = {.rank = 1, .work = work};
+  pthread_t thread;
+  kind = of_kind, ranks = kind == ALONE ? 1 : MOST;
+  if (pthread_barrier_init(&meeting, NULL, (unsigned)ranks)) abort();
+  if (kind != ALONE && pthread_create(&thread, NULL, take_turn, &other)) abort();
+  work(0);
+  if (kind != ALONE) pthread_join(thread, NULL);
+  pthread_barrier_destroy(&meeting);
+}
+
 /* ---- the work ------------------------------------------------------------------------------ */
 
 static const uint64_t seed = 27182818;
 static const long long slack = 4096; /* bytes that may stay live: the C library keeps a little for each thread it had */
 enum { N = 600, K = 2, D = 64, H = 96, E = 8 };
-static float tokens[N * D], grad_output[N * D], output[N * D], grad_tokens[N * D], grad_weights[N * K], weights[N * K];
+static float tokens[N * D], grad_output[N * D], weights[N * K];
 static int32_t choices[N * K];
+static float output[MOST][N * D], grad_tokens[MOST][N * D], grad_weights[MOST][N * K];
 
 static const fmoe_group_options group_options = {.struct_size = sizeof group_options, .threads = 2, .bind = 1};
 static const fmoe_layer_options layer_options = {.struct_size = sizeof layer_options, .top_k = K, .d_model = D,
@@ -111,118 +153,161 @@ static uint64_t mix(uint64_t hash, const float *values, int64_t count) {
   return hash;
 }
 
-static uint64_t results(fmoe_layer *layer, int64_t n) {
+static uint64_t results(int32_t rank, fmoe_layer *layer, int64_t n) {
   fmoe_tensors g = {.struct_size = sizeof g};
+  const int64_t experts = E / ranks;
   EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &g));
-  uint64_t hash = mix(mix(mix(1, output, n * D), grad_tokens, n * D), g.gate, E * D);
-  return mix(mix(mix(mix(hash, g.w1, E * H * D), g.b1, E * H), g.w2, E * D * H), g.b2, E * D);
+  uint64_t hash = mix(mix(mix(1, output[rank], n * D), grad_tokens[rank], n * D), g.gate, E * D);
+  return mix(mix(mix(mix(hash, g.w1, experts * H * D), g.b1, experts * H), g.w2, experts * D * H), g.b2, experts * D);
 }
 
-/* A call for which memory may be refused: it says so, again when asked again, and works once there is memory. */
-#define PERSIST(call)                        \
-  do {                                       \
-    fmoe_status status = call;               \
-    if (status == FMOE_OK) break;            \
-    EXPECT(FMOE_ERROR_MEMORY, status);       \
-    EXPECT(FMOE_ERROR_MEMORY, call);         \
-    refusing = 0;                            \
-    EXPECT(FMOE_OK, call);                   \
+/* A call for which memory may be refused, to this rank or to a peer: it says so, again when asked again, and works once
+ * there is memory.  Peers fail together, so that they ask again together. */
+#define PERSIST(call)                                                                                   \
+  do {                                                                                                  \
+    const fmoe_status refusal = FMOE_ERROR_MEMORY, peers = ranks > 1 ? FMOE_ERROR_PEER : refusal;       \
+    fmoe_status status = call;                                                                          \
+    if (status == FMOE_OK) break;                                                                       \
+    EXPECT_EITHER(refusal, peers, status);                                                              \
+    EXPECT_EITHER(refusal, peers, call);                                                                \
+    refusing = 0;                                                                                       \
+    EXPECT(FMOE_OK, call);                                                                              \
   } while (0)
 
-static void step(fmoe_layer *layer, int64_t n, int routed) {
+static fmoe_group *join(int32_t rank) {
+  if (kind == MAILBOX) {
+    if (rank == 0) mail = mailbox_create(ranks, (mailbox_options){.seed = seed});
+    meet();
+    fmoe_transport transport = mailbox_transport(mail, rank);
+    mailbox_sit(mail, rank);
+    PERSIST(fmoe_group_create(&transport, &group_options, &groups[rank]));
+  } else {
+    if (rank == 0) PERSIST(fmoe_group_create_local(ranks, &group_options, groups));
+    meet();
+  }
+  return groups[rank];
+}
+
+/* After all that hangs from the group has been destroyed. */
+static void part(int32_t rank) {
+  meet();
+  if (kind == MAILBOX && rank == 0) mailbox_destroy(mail);
+  meet();
+}
+
+static void step(int32_t rank, fmoe_layer *layer, int64_t n, int routed) {
   fmoe_pass *pass = NULL;
   fmoe_plan_report report = {.struct_size = sizeof report};
   PERSIST(fmoe_layer_zero_gradients(layer));
   if (routed) PERSIST(fmoe_route(layer, tokens + (N - n) * D, n, choices, weights, &pass));
   else PERSIST(fmoe_gate(layer, tokens + (N - n) * D, n, &pass));
-  PERSIST(fmoe_plan(pass, NULL, &report));
-  PERSIST(fmoe_forward(pass, output));
-  PERSIST(fmoe_backward(pass, grad_output, grad_tokens, routed ? grad_weights : NULL));
+  PERSIST(fmoe_plan(pass, NULL, kind == ALONE ? &report : NULL)); /* a report measures speeds, which takes its time */
+  PERSIST(fmoe_forward(pass, output[rank]));
+  PERSIST(fmoe_backward(pass, grad_output, grad_tokens[rank], routed ? grad_weights[rank] : NULL));
+  PERSIST(fmoe_layer_reduce_gradients(layer));
   fmoe_pass_destroy(pass);
 }
 
 /* From nothing to two passes in flight, then a larger one, and back to nothing. */
-static uint64_t whole_life(void) {
-  fmoe_group *group = NULL;
+static uint64_t whole_life(int32_t rank) {
+  fmoe_group *group = join(rank);
   fmoe_layer *layer = NULL;
   fmoe_pass *early = NULL;
-  PERSIST(fmoe_group_create_local(1, &group_options, &group));
   PERSIST(fmoe_layer_create(group, &layer_options, &layer));
   PERSIST(fmoe_gate(layer, tokens, N / 3, &early));
-  step(layer, N / 4, 1);
-  PERSIST(fmoe_forward(early, output));
-  step(layer, N, 0);
+  step(rank, layer, N / 4, 1);
+  PERSIST(fmoe_forward(early, output[rank]));
+  step(rank, layer, N, 0);
   fmoe_pass_destroy(early);
-  uint64_t hash = results(layer, N);
+  uint64_t hash = results(rank, layer, N);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+  part(rank);
   return hash;
 }
 
 enum { NEVER_REFUSED = 3 };
+static int first_refusal;
 
-static int refuse_from(int first) {
-  alarm(30); /* seconds: waiting for memory for ever is a failure too */
-  uint64_t wanted = whole_life();
-  CHECK(whole_life() == wanted, "two lives, the same bits");
+static void refuse_from_first(int32_t rank) {
+  uint64_t wanted = whole_life(rank);
+  CHECK(whole_life(rank) == wanted, "two lives, the same bits");
+  meet();
   long long before = live_bytes;
-  granted = first;
+  meet();
+  granted = first_refusal;
   refusing = 1;
-  uint64_t got = whole_life();
+  meet();
+  uint64_t got = whole_life(rank);
+  meet();
   refusing = 0;
-  CHECK(got == wanted, "after large allocation %d was refused: the same bits", first);
-  CHECK(live_bytes <= before + slack, "after large allocation %d was refused: %lld bytes stay", first,
-        live_bytes - before);
+  CHECK(got == wanted, "%s, after large allocation %d was refused: the same bits", kind_names[kind], first_refusal);
+  CHECK(live_bytes <= before + slack, "%s, after large allocation %d was refused: %lld bytes stay", kind_names[kind],
+        first_refusal, live_bytes - before);
+}
+
+static int refuse_from(int of_kind, int first) {
+  alarm(30); /* seconds: waiting for memory for ever is a failure too */
+  first_refusal = first;
+  run_ranks(of_kind, refuse_from_first);
   return failed ? 1 : refused ? 0 : NEVER_REFUSED;
 }
 
-static void test_refusals(void) {
+static void test_refusals(int of_kind) {
   enum { ENOUGH = 1000 };
   int status = 0, first = 0;
   for (; first < ENOUGH; first++) {
-    char number[20];
+    char name[2] = {(char)('0' + of_kind), 0}, number[20];
     snprintf(number, sizeof number, "%d", first);
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) execl("/proc/self/exe", "memory", "refuse", number, (char *)NULL), _exit(127);
+    if (child == 0) execl("/proc/self/exe", "memory", "refuse", name, number, (char *)NULL), _exit(127);
     if (child < 0 || waitpid(child, &status, 0) != child) abort();
     if (WIFEXITED(status) && WEXITSTATUS(status) == NEVER_REFUSED) break;
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "refusing from large allocation %d on: %s %d", first,
-          WIFSIGNALED(status) ? "signal" : "exit", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "%s, refusing from large allocation %d on: %s %d",
+          kind_names[of_kind], first, WIFSIGNALED(status) ? "signal" : "exit",
+          WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
   }
   CHECK(first > 3 && first < ENOUGH, "a life has large allocations to refuse: %d", first);
-  printf("memory: refused each of %d large allocations\n", first);
+  printf("memory: %s, refused each of %d large allocations\n", kind_names[of_kind], first);
 }
 
-static void test_steady_state(void) {
+static void steady_steps(int32_t rank) {
   static const int64_t tokens_of_step[] = {N, N - 1, N / 3, 0, 1, N, 17};
-  fmoe_group *group = NULL;
+  static long long before;
+  fmoe_group *group = join(rank);
   fmoe_layer *layer = NULL;
-  EXPECT(FMOE_OK, fmoe_group_create_local(1, &group_options, &group));
   EXPECT(FMOE_OK, fmoe_layer_create(group, &layer_options, &layer));
   for (int routed = 0; routed < 2; routed++) {
-    for (int i = 0; i < 3; i++) step(layer, N, routed);
+    for (int i = 0; i < 3; i++) step(rank, layer, N, routed);
     for (size_t i = 0; i < sizeof tokens_of_step / sizeof *tokens_of_step; i++) {
-      long long before = allocations;
-      step(layer, tokens_of_step[i], routed);
-      CHECK(allocations == before, "%lld allocations in a %s step of %d tokens", allocations - before,
-            routed ? "routed" : "gated", (int)tokens_of_step[i]);
+      meet();
+      if (rank == 0) before = allocations;
+      meet();
+      step(rank, layer, tokens_of_step[i], routed);
+      meet();
+      if (rank == 0)
+        CHECK(allocations == before, "%s, %lld allocations in a %s step of %d tokens", kind_names[kind],
+              allocations - before, routed ? "routed" : "gated", (int)tokens_of_step[i]);
+      meet(); /* destroying may allocate */
     }
   }
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+  part(rank);
 }
 
+static void test_steady_state(int of_kind) { run_ranks(of_kind, steady_steps); }
+
 /* Several layers and passes of one group, given up at every stage and in changing order. */
-static void short_life(int turn) {
-  fmoe_group *group = NULL;
+static void short_life(int32_t rank, int turn) {
+  fmoe_group *group = join(rank);
   fmoe_layer *layers[2] = {NULL, NULL};
   fmoe_pass *passes[4] = {NULL, NULL, NULL, NULL};
-  EXPECT(FMOE_OK, fmoe_group_create_local(1, &group_options, &group));
   for (int l = 0; l < 2; l++) EXPECT(FMOE_OK, fmoe_layer_create(group, &layer_options, &layers[l]));
   for (int p = 0; p < 4; p++) {
     EXPECT(FMOE_OK, fmoe_gate(layers[p % 2], tokens, 40 + p, &passes[p]));
     if (p > 0) EXPECT(FMOE_OK, fmoe_plan(passes[p], NULL, NULL));
-    if (p > 1) EXPECT(FMOE_OK, fmoe_forward(passes[p], output));
-    if (p > 2) EXPECT(FMOE_OK, fmoe_backward(passes[p], grad_output, grad_tokens, NULL));
+    if (p > 1) EXPECT(FMOE_OK, fmoe_forward(passes[p], output[rank]));
+    if (p > 2) EXPECT(FMOE_OK, fmoe_backward(passes[p], grad_output, grad_tokens[rank], NULL));
   }
   if (turn % 3 == 0) fmoe_group_destroy(group);
   if (turn % 2 == 0) fmoe_layer_destroy(layers[0]);
@@ -230,6 +315,7 @@ static void short_life(int turn) {
   if (turn % 2 != 0) fmoe_layer_destroy(layers[0]);
   fmoe_layer_destroy(layers[1]);
   if (turn % 3 != 0) fmoe_group_destroy(group);
+  part(rank);
 }
 
 /* A line of /proc/self/status, such as "Threads:" or "VmSize:" (KiB of address space). */
@@ -244,18 +330,26 @@ static long of_process(const char *name) {
 }
 
 /* All is given back by the time the last destroy returns, not some time later by some thread. */
-static void test_no_leaks(void) {
+static void short_lives(int32_t rank) {
   enum { WARM = 6, TURNS = 36 };
   long long before = 0, most = 0;
   long space = 0;
   for (int turn = 0; turn < WARM + TURNS; turn++) {
-    if (turn == WARM) usleep(100000), before = live_bytes, space = of_process("VmSize:");
-    short_life(turn);
-    if (turn >= WARM && live_bytes - before > most) most = live_bytes - before;
+    meet();
+    if (turn == WARM && rank == 0) usleep(100000), before = live_bytes, space = of_process("VmSize:");
+    meet();
+    short_life(rank, turn);
+    meet();
+    if (rank == 0 && turn >= WARM && live_bytes - before > most) most = live_bytes - before;
   }
-  CHECK(most <= slack, "up to %lld bytes stay, in the end %lld", most, live_bytes - before);
+  if (rank != 0) return;
+  CHECK(most <= slack, "%s, up to %lld bytes stay, in the end %lld", kind_names[kind], most, live_bytes - before);
   CHECK(of_process("VmSize:") <= space + (16 << 10), "%ld KiB of address space grow to %ld, as if stacks stayed", space,
         of_process("VmSize:"));
+}
+
+static void test_no_leaks(int of_kind) {
+  run_ranks(of_kind, short_lives);
   for (int i = 0; i < 100 && of_process("Threads:") > 1; i++) usleep(10000); /* the kernel may lag behind a join */
   CHECK(of_process("Threads:") == 1, "%ld threads remain", of_process("Threads:"));
 }
@@ -266,10 +360,8 @@ int main(int count, char **arguments) {
   uint64_t state = seed;
   for (int i = 0; i < N * D; i++) tokens[i] = (float)(2 * uniform(&state) - 1), grad_output[i] = (float)uniform(&state);
   for (int s = 0; s < N * K; s++) choices[s] = s % (E + 1) - 1, weights[s] = (float)uniform(&state);
-  if (count == 3) return refuse_from(atoi(arguments[2]));
+  if (count == 4) return refuse_from(atoi(arguments[2]), atoi(arguments[3]));
   printf("memory: seed %llu\n", (unsigned long long)seed);
-  test_refusals();
-  test_steady_state();
-  test_no_leaks();
+  for (int k = ALONE; k < KINDS; k++) test_refusals(k), test_steady_state(k), test_no_leaks(k);
   return summary();
 }

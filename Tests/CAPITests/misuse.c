@@ -119,6 +119,20 @@ static void test_last_error(void) {
   CHECK(!strcmp(before, fmoe_last_error()), "success leaves the words: %s", fmoe_last_error());
 }
 
+static void test_set_last_error(void) {
+  static char endless[100000];
+  char words[] = "no communicator";
+  CHECK(fmoe_set_last_error(FMOE_ERROR_PEER, words) == FMOE_ERROR_PEER, "the status comes back");
+  words[0] = 'x';
+  CHECK(!strcmp(fmoe_last_error(), "no communicator"), "words are copied: %s", fmoe_last_error());
+  EXPECT(FMOE_ERROR_ARGUMENT, fmoe_group_create_local(1, NULL, NULL));
+  CHECK(!strstr(fmoe_last_error(), "communicator"), "until the next failure: %s", fmoe_last_error());
+  CHECK(fmoe_set_last_error(FMOE_ERROR_FILE, NULL) == FMOE_ERROR_FILE && fmoe_last_error(), "no words are fine");
+  memset(endless, 'x', sizeof endless - 1); /* longer than any room for words */
+  CHECK(fmoe_set_last_error(FMOE_ERROR_PEER, endless) == FMOE_ERROR_PEER, "the status comes back");
+  CHECK(!strncmp(fmoe_last_error(), endless, 20), "as much as fits: %s", fmoe_last_error());
+}
+
 /* ---- NULL ---------------------------------------------------------------------------------- */
 
 static void test_null(void) {
@@ -132,8 +146,9 @@ static void test_null(void) {
   int64_t counts[E] = {0};
   fmoe_group_destroy(NULL), fmoe_layer_destroy(NULL), fmoe_pass_destroy(NULL), fmoe_cluster_destroy(NULL);
   EXPECT(argument, fmoe_group_create_local(1, NULL, NULL));
-  REFUSED(argument, unsupported, fmoe_group, fmoe_group_create(NULL, NULL, &out));
-  EXPECT_EITHER(argument, unsupported, fmoe_group_create(NULL, NULL, NULL));
+  REFUSED(argument, argument, fmoe_group, fmoe_group_create(NULL, NULL, &out));
+  EXPECT(argument, fmoe_group_create(NULL, NULL, NULL));
+  EXPECT(argument, fmoe_group_create_local(2, NULL, NULL));
   EXPECT_EITHER(argument, unsupported, fmoe_group_calibrate(NULL, 1));
   REFUSED(argument, argument, fmoe_layer, fmoe_layer_create(NULL, &options, &out));
   REFUSED(argument, argument, fmoe_layer, fmoe_layer_create(group, NULL, &out));
@@ -188,6 +203,26 @@ static void test_null(void) {
   }
   check_step(layer);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+}
+
+/* ---- several seats in one process; what they do together is the business of workers.c and faults.c ---- */
+
+static void test_local_seats(void) {
+  fmoe_group *nobody = (fmoe_group *)(void *)&untouched, *seats[3] = {nobody, nobody, nobody};
+  fmoe_group_options wrong = group_options();
+  wrong.threads = -1;
+  EXPECT(FMOE_ERROR_ARGUMENT, fmoe_group_create_local(2, &wrong, seats));
+  wrong = group_options(), wrong.topology = "pack:x";
+  EXPECT_EITHER(FMOE_ERROR_FILE, FMOE_ERROR_TOPOLOGY, fmoe_group_create_local(2, &wrong, seats));
+  CHECK(seats[0] == nobody && seats[1] == nobody, "no seat is written");
+  if (limited) { /* more threads than fit: the ranks that were there go again */
+    wrong = group_options(), wrong.threads = 2048;
+    EXPECT_EITHER(FMOE_ERROR_MEMORY, FMOE_ERROR_ARGUMENT, fmoe_group_create_local(2, &wrong, seats));
+    CHECK(seats[0] == nobody && seats[1] == nobody, "no seat is written");
+  }
+  EXPECT(FMOE_OK, fmoe_group_create_local(2, NULL, seats));
+  CHECK(seats[0] != seats[1] && seats[0] != nobody && seats[1] != nobody && seats[2] == nobody, "two seats, no more");
+  fmoe_group_destroy(seats[1]), fmoe_group_destroy(seats[0]);
 }
 
 /* ---- options and structs of any age -------------------------------------------------------- */
@@ -560,25 +595,12 @@ static void test_topology(void) {
 
 /* ---- what this version cannot do yet: a line goes when its feature comes --------------------- */
 
-static int32_t never_start(void *context, const fmoe_message *messages, int32_t count, void **request) {
-  return (void)context, (void)messages, (void)count, (void)request, 1;
-}
-static int32_t never_test(void *context, void *request, int32_t *done) {
-  return (void)context, (void)request, (void)done, 1;
-}
-
 static void test_not_yet(void) {
   const fmoe_status not_yet = FMOE_ERROR_UNSUPPORTED;
-  const fmoe_transport transport = {.struct_size = sizeof transport, .size = 1, .start = never_start,
-                                    .test = never_test};
   fmoe_group_options with_profile = group_options();
-  fmoe_group *seats[2] = {(fmoe_group *)(void *)&untouched, (fmoe_group *)(void *)&untouched};
   fmoe_group *group = alone();
   fmoe_layer *layer = layer_with(group, layer_options());
   fmoe_pass *pass = gated(layer);
-  REFUSED(not_yet, not_yet, fmoe_group, fmoe_group_create(&transport, NULL, &out));
-  EXPECT(not_yet, fmoe_group_create_local(2, NULL, seats));
-  CHECK((void *)seats[0] == &untouched && (void *)seats[1] == &untouched, "no seat is written");
   with_profile.profile = "/tmp/no-such-profile";
   REFUSED(not_yet, not_yet, fmoe_group, fmoe_group_create_local(1, &with_profile, &out));
   EXPECT(not_yet, fmoe_group_calibrate(group, 0.1));
@@ -632,7 +654,9 @@ int main(int count, char **arguments) {
 
   test_last_error(); /* first: before any failure */
   test_names();
+  test_set_last_error();
   test_null();
+  test_local_seats();
   test_group_options();
   test_layer_options();
   test_rooms();

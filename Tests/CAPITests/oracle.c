@@ -48,7 +48,7 @@ oracle *oracle_create(int64_t tokens, int64_t choices, int64_t experts, int64_t 
 void oracle_destroy(oracle *o) {
   for (int t = 0; t < TENSORS; t++) free(o->values[t]), free(o->gradients[t]);
   free(o->x), free(o->grad_y), free(o->y), free(o->grad_x);
-  free(o->choice), free(o->weight), free(o->grad_weight), free(o->logits), free(o->counts), free(o);
+  free(o->choice), free(o->weight), free(o->grad_weight), free(o->logits), free(o->counts), free(o->everyone), free(o);
 }
 
 static double dot(const double *a, const double *b, int64_t count) {
@@ -83,9 +83,18 @@ static double softmax(const double *logits, int64_t count, double *p) {
   return top + log(sum);
 }
 
+/* f_e of the balance loss: each expert's share of all choices. */
+static void shares_of(const oracle *o, double *shares) {
+  const int64_t *counts = o->everyone ? o->everyone : o->counts;
+  int64_t all = 0;
+  for (int64_t e = 0; e < o->experts; e++) all += counts[e];
+  for (int64_t e = 0; e < o->experts; e++) shares[e] = all ? (double)counts[e] / (double)all : 0;
+}
+
 void oracle_gate(oracle *o) {
   int64_t n = o->tokens, k = o->choices, E = o->experts, d = o->model;
   double *p = zeros(E, sizeof(double)), *mean = zeros(E, sizeof(double)), *chosen = zeros(k, sizeof(double));
+  double *shares = zeros(E, sizeof(double));
   o->balance_loss = o->z_loss = 0;
   memset(o->counts, 0, (size_t)E * sizeof *o->counts);
   for (int64_t i = 0; i < n && !o->routed; i++) {
@@ -110,9 +119,9 @@ void oracle_gate(oracle *o) {
   }
   for (int64_t s = 0; s < n * k; s++)
     if (o->choice[s] >= 0) o->counts[o->choice[s]]++;
-  for (int64_t e = 0; e < E && n && !o->routed; e++)
-    o->balance_loss += o->balance * (double)E * (double)o->counts[e] / (double)(n * k) * mean[e];
-  free(p), free(mean), free(chosen);
+  shares_of(o, shares);
+  for (int64_t e = 0; e < E && !o->routed; e++) o->balance_loss += o->balance * (double)E * shares[e] * mean[e];
+  free(p), free(mean), free(chosen), free(shares);
 }
 
 /* Forward and backward of slot (i, j): token i through its j-th expert. */
@@ -149,15 +158,15 @@ static void run_slot(oracle *o, int64_t i, int64_t j, double *a, double *slope, 
 /* From the gradients of the weights and the losses to those of the gate and the tokens. */
 static void run_gate_backward(oracle *o) {
   int64_t n = o->tokens, k = o->choices, E = o->experts, d = o->model;
-  double *p = zeros(E, sizeof(double)), *dg = zeros(E, sizeof(double));
+  double *p = zeros(E, sizeof(double)), *dg = zeros(E, sizeof(double)), *shares = zeros(E, sizeof(double));
+  shares_of(o, shares);
   for (int64_t i = 0; i < n; i++) {
     const int32_t *choice = o->choice + i * k;
     const double *s = o->weight + i * k, *ds = o->grad_weight + i * k;
     double lse = softmax(o->logits + i * E, E, p), expected = 0;
-    for (int64_t e = 0; e < E; e++) expected += (double)o->counts[e] / (double)(n * k) * p[e];
+    for (int64_t e = 0; e < E; e++) expected += shares[e] * p[e];
     for (int64_t e = 0; e < E; e++) {
-      double share = (double)o->counts[e] / (double)(n * k);
-      dg[e] = o->balance * (double)E / (double)n * p[e] * (share - expected) + o->z * 2 / (double)n * lse * p[e];
+      dg[e] = o->balance * (double)E / (double)n * p[e] * (shares[e] - expected) + o->z * 2 / (double)n * lse * p[e];
       if (k == 1) dg[e] += p[e] * ((choice[0] == e) - p[choice[0]]) * ds[0]; /* softmax over all experts */
     }
     for (int64_t j = 0; j < k && k > 1; j++) dg[choice[j]] += s[j] * (ds[j] - dot(ds, s, k)); /* over the chosen */
@@ -166,7 +175,7 @@ static void run_gate_backward(oracle *o) {
       add(o->gradients[GATE] + e * d, dg[e], o->x + i * d, d);
     }
   }
-  free(p), free(dg);
+  free(p), free(dg), free(shares);
 }
 
 void oracle_run(oracle *o) {

@@ -13,6 +13,7 @@ typedef struct oracle {
   int32_t activation;        /* FMOE_GELU ... */
   int32_t routed;            /* 0: the layer's gate fills choice and weight; 1: they are given */
   double balance, z;         /* coefficients of the losses, used with the layer's gate only */
+  int64_t *everyone;         /* [E] choices of all workers together for each expert; NULL: counts, of one alone */
   double *x, *grad_y;        /* [n, d] */
   double *values[TENSORS];   /* those of SwiGLU or those of the others are present, sizes[] says which */
   int64_t sizes[TENSORS];

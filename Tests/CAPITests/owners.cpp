@@ -1,6 +1,7 @@
 // owners.cpp: fastermoe.hpp owns, moves, throws and loses nothing; the numbers are layer.c's business.
 #include <cstdio>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -79,6 +80,26 @@ static void test_moves() {
   CHECK(seats.size() == 1 && seats[0]);
 }
 
+// Two ranks in one process, each seat moved into a thread of its own.
+static void test_seats() {
+  std::vector<fastermoe::Group> seats = fastermoe::Group::local(2);
+  CHECK(seats.size() == 2);
+  const auto step = [](fastermoe::Group seat) {
+    fastermoe::Layer layer(seat, fastermoe::layer_options(d, h, 2 * experts));
+    std::vector<float> x(n * d, 0.5f), y(n * d), grad(n * d, 1), grad_x(n * d);
+    fastermoe::Pass pass = layer.gate(x.data(), n);
+    pass.forward(y.data());
+    pass.backward(grad.data(), grad_x.data());
+    layer.reduce_gradients();
+    return layer.values().first_expert;
+  };
+  int64_t first[2] = {-1, -1};
+  std::thread other([&] { first[1] = step(std::move(seats[1])); });
+  first[0] = step(std::move(seats[0]));
+  other.join();
+  CHECK(first[0] == 0 && first[1] == experts);
+}
+
 static void test_errors() {
   fastermoe::Group group;
   CHECK(throws(FMOE_ERROR_ARGUMENT, [&] { fastermoe::Layer(group, fastermoe::layer_options(d, h, -1)); }));
@@ -89,8 +110,8 @@ static void test_errors() {
   CHECK(throws(FMOE_ERROR_ARGUMENT, [&] { layer.gate(x.data(), -1); }));
   CHECK(throws(FMOE_ERROR_ARGUMENT, [&] { layer.gate(nullptr, n); }));
   CHECK(throws(FMOE_ERROR_ARGUMENT, [] { fastermoe::Pass(nullptr).routing(); }));
+  CHECK(throws(FMOE_ERROR_ARGUMENT, [] { fastermoe::Group over_nothing(fastermoe::transport_options()); }));
   // Not in this version yet; a line goes when its feature comes.
-  CHECK(throws(FMOE_ERROR_UNSUPPORTED, [] { fastermoe::Group::local(2); }));
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { group.calibrate(0.1); }));
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { layer.save("no-such-file"); }));
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { layer.load("no-such-file"); }));
@@ -99,9 +120,8 @@ static void test_errors() {
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [] { fastermoe::Cluster read(std::string("no-such-file")); }));
 }
 
-// Never called in this version, but it compiles: what test_errors cannot reach without a cluster or a transport.
+// Never called in this version, but it compiles: what test_errors cannot reach without a cluster.
 void use_the_rest(fastermoe::Cluster &cluster, const int64_t *counts, const std::string &path) {
-  fastermoe::Group group(fastermoe::transport_options());
   cluster.write(path);
   cluster.plan(fastermoe::layer_options(d, h, experts), counts);
 }
@@ -110,6 +130,7 @@ int main() {
   CHECK(fastermoe::version() == fmoe_version());
   test_step();
   test_moves();
+  test_seats();
   test_errors();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;

@@ -95,7 +95,7 @@ import Testing
 
   @Test func balanceLossIsItsCoefficientWhenUniform() {
     let loss = RouterLosses(balance: 0.01).balanceLoss(
-      counts: [6, 6, 6, 6], sums: [3, 3, 3, 3], experts: 4, tokens: 12, choices: 2)
+      shares: [0.25, 0.25, 0.25, 0.25], sums: [3, 3, 3, 3], experts: 4, tokens: 12)
     #expect(abs(loss - 0.01) < 1e-12)
   }
 
@@ -172,12 +172,75 @@ import Testing
   @Test func aLoneWorkersPlanIsItsComputing() throws {
     let shape = try Shape(model: 64, hidden: 128, experts: 3, choices: 2, activation: .gelu)
     let rates = ComputeRates(InlineArray { FlopRate(Double($0 + 1) * 1e9) })
-    let report = PlanReport.alone(counts: [576, 0, 1], shape: shape, rates: rates)
+    let report = try Self.withTraffic([[576, 0, 1]]) { PlanReport.inPlace($0, shape: shape, rates: [rates]) }
     #expect(report.shadows == 0 && report.groupSize == 1 && report.computeOverCommunicate == .infinity)
     let flops = 12.0 * 64 * 128
     #expect(abs(report.planned.value - (576 * flops / 6e9 + flops / 1e9)) < 1e-12)
     #expect(report.plain == report.planned && report.ideal == report.planned)
     #expect(abs(report.flopRatePerWorker.value - 577 * flops / report.planned.value) < 1)
+  }
+
+  @Test func amongWorkersTheBusiestCounts() throws {
+    let shape = try Shape(model: 64, hidden: 128, experts: 2, choices: 1, activation: .gelu)
+    let (fast, slow) = (
+      ComputeRates(.init(repeating: FlopRate(4e9))), ComputeRates(.init(repeating: FlopRate(1e9)))
+    )
+    let flops = 12.0 * 64 * 128
+    let cases: [([[UInt32]], Double)] = [
+      ([[10, 0], [20, 5]], 30 * flops / 4e9), ([[10, 10], [20, 5]], 15 * flops / 1e9),
+    ]
+    for (counts, seconds) in cases {
+      let report = try Self.withTraffic(counts) { PlanReport.inPlace($0, shape: shape, rates: [fast, slow]) }
+      #expect(abs(report.planned.value - seconds) < 1e-12)
+    }
+  }
+
+  // MARK: Between workers
+
+  private static func withTraffic<R>(_ counts: [[UInt32]], _ body: (Traffic) -> R) throws -> R {
+    var size = Arena()
+    _ = Traffic(arena: &size, workers: counts.count, experts: counts[0].count)
+    let region = try Region(bytes: size.bytes, for: "a test")
+    var arena = Arena(over: region.base)
+    let traffic = Traffic(arena: &arena, workers: counts.count, experts: counts[0].count)
+    for (at, count) in counts.joined().enumerated() { traffic.counts[at] = count }
+    return body(traffic)
+  }
+
+  /// For each worker: as many rows come from each other one as that one sends; they stand by expert, then worker, then
+  /// in that worker's order, each once.
+  @Test func arrivalsAreWhatTheOthersSend() throws {
+    var numbers = Numbers(12)
+    for (workers, each) in [(1, 3), (2, 1), (3, 2), (4, 4)] {
+      let experts = workers * each
+      let counts = (0..<workers).map { _ in (0..<experts).map { _ in UInt32(max(0, numbers.below(12) - 4)) } }
+      try Self.withTraffic(counts) { traffic in
+        for worker in 0..<workers {
+          let rows = traffic.rows(at: worker)
+          var size = Arena()
+          _ = Arrivals(arena: &size, rows: rows, experts: each)
+          let region = try! Region(bytes: size.bytes, for: "a test")
+          var arena = Arena(over: region.base)
+          let arrivals = Arrivals(arena: &arena, rows: rows, experts: each)
+          arrivals.sort(traffic, at: worker)
+          #expect(arrivals.firstRow[each] == rows)
+          var expected: [[Int]] = []
+          var places = [Int](repeating: 0, count: workers)
+          for expert in worker * each..<(worker + 1) * each {
+            #expect(arrivals.firstRow[expert - worker * each] == expected.count)
+            for source in 0..<workers {
+              for _ in 0..<counts[source][expert] {
+                expected.append([source, places[source]])
+                places[source] += 1
+              }
+            }
+          }
+          for source in 0..<workers { #expect(places[source] == traffic.rows(from: source, to: worker)) }
+          let got = (0..<rows).map { [Int(arrivals.origins[$0].worker), Int(arrivals.origins[$0].row)] }
+          #expect(got == expected)
+        }
+      }
+    }
   }
 
   @Test func ratesBetweenSamplesLieBetween() {

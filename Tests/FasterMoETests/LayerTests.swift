@@ -14,14 +14,16 @@ private struct Outcome: Equatable {
   private static func group(threads: Int) throws -> Group {
     var options = Group.Options()
     options.threads = threads
-    return try Group(options)
+    return try Group.local(1, options)[0]
   }
 
   private static func run(
     threads: Int, choices k: Int = 2, activation: Activation = .gelu, order: [Int] = Array(0..<n), n: Int = n
   ) throws -> Outcome {
     let shape = try Shape(model: d, hidden: h, experts: experts, choices: k, activation: activation)
-    let layer = try Layer(group(threads: threads), shape, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
+    let layer = try Layer.together(group(threads: threads)) {
+      Layer.Options(shape, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
+    }
     return try run(layer, order: order, n: n)
   }
 
@@ -64,7 +66,7 @@ private struct Outcome: Equatable {
     let choices = [Int32](repeating: 1, count: n)
     func gradients(threads: Int) throws -> [Float] {
       let shape = try Shape(model: d, hidden: h, experts: 2, choices: 1, activation: .relu)
-      let layer = try Layer(Self.group(threads: threads), shape, losses: RouterLosses(), seed: 9)
+      let layer = try Layer.together(Self.group(threads: threads)) { Layer.Options(shape, seed: 9) }
       var (output, gradTokens) = ([Float](repeating: 0, count: n * d), [Float](repeating: 0, count: n * d))
       try tokens.withUnsafeBufferPointer { tokens in
         let pass = try layer.route(tokens: tokens.baseAddress, count: n, choices: choices, weights: weights)
@@ -93,7 +95,7 @@ private struct Outcome: Equatable {
 
   @Test func gradientsAddUpOverPasses() throws {
     let shape = try Shape(model: Self.d, hidden: Self.h, experts: Self.experts, choices: 2, activation: .silu)
-    let layer = try Layer(Self.group(threads: 2), shape, losses: RouterLosses(), seed: 7)
+    let layer = try Layer.together(Self.group(threads: 2)) { Layer.Options(shape, seed: 7) }
     let once = try Self.run(layer)
     let twice = try Self.run(layer)
     for (a, b) in zip(once.gradients, twice.gradients) { #expect(b == 2 * a) }
@@ -113,6 +115,48 @@ private struct Outcome: Equatable {
     for host in 0..<4 { #expect(agreed[host] == 5) }
   }
 
+  /// Experts spread over ranks that are threads: outputs and gradients have the bits of one worker with all tokens.
+  @Test(arguments: [2, 4], [1, 2])
+  func ranksOfOneProcessGiveTheBitsOfOne(ranks: Int, threads: Int) throws {
+    let (n, d, h, experts) = (64, 20, 37, 8)
+    var numbers = Numbers(22)
+    let (tokens, gradOutput, weights) = (numbers.array(n * d), numbers.array(n * d), numbers.array(n * 2))
+    // Half of all choices are expert 5's, and every ninth is dropped.
+    let choices = (0..<n * 2).map { Int32($0 % 9 == 4 ? -1 : $0 % 2 == 0 ? 5 : $0 * 7 % experts) }
+    let shape = try Shape(model: d, hidden: h, experts: experts, choices: 2, activation: .silu)
+    /// y, dx, ds of all tokens and the experts' gradients, computed by `size` ranks.
+    func run(_ size: Int) throws -> [[Float]] {
+      var options = Group.Options()
+      options.threads = threads
+      nonisolated(unsafe) let groups = try Group.local(size, options)
+      let lengths = [n * d, n * d, n * 2, experts * h * d]
+      nonisolated(unsafe) let results = lengths.map { UnsafeMutablePointer<Float>.allocate(capacity: $0) }
+      defer { for result in results { result.deallocate() } }
+      onThreads(size) { rank in
+        let part = n / size
+        let layer = try Layer.together(groups[rank]) { Layer.Options(shape, seed: 9) }
+        try tokens.withUnsafeBufferPointer { tokens in
+          let pass = try layer.route(
+            tokens: tokens.baseAddress! + rank * part * d, count: part,
+            choices: Array(choices[rank * part * 2..<(rank + 1) * part * 2]),
+            weights: Array(weights[rank * part * 2..<(rank + 1) * part * 2]))
+          try pass.forward(results[0] + rank * part * d)
+          try pass.backward(
+            Array(gradOutput[rank * part * d..<(rank + 1) * part * d]), gradTokens: results[1] + rank * part * d,
+            gradWeights: results[2] + rank * part * 2)
+          pass.end()
+        }
+        let first = layer.owned.lowerBound * h * d
+        (results[3] + first).update(from: layer.gradients.inward, count: layer.owned.count * h * d)
+      }
+      return zip(results, lengths).map { Array(UnsafeBufferPointer(start: $0, count: $1)) }
+    }
+    let alone = try run(1)
+    let together = try run(ranks)
+    for result in 0..<3 { #expect(together[result] == alone[result]) }
+    #expect(together[3].map { $0 * Float(ranks) } == alone[3], "of the mean over workers of their losses")
+  }
+
   @Test func noTokensAndOneToken() throws {
     let none = try Self.run(threads: 2, n: 0)
     #expect(none.output.isEmpty && none.gradients.allSatisfy { $0 == 0 })
@@ -125,9 +169,9 @@ private struct Outcome: Equatable {
   @Test func aDescriptionGivesItsCores() throws {
     let machine = try Topology(description: "pack:2 [numa] l3:2 core:3 pu:2")
     #expect(!machine.isThisMachine && machine.cores.count == 12)
-    #expect(machine.cores[0] == Topology.Core(package: 0, numaNode: 0, sharedCache: 0))
-    #expect(machine.cores[3] == Topology.Core(package: 0, numaNode: 0, sharedCache: 1))
-    #expect(machine.cores[11] == Topology.Core(package: 1, numaNode: 1, sharedCache: 3))
+    #expect(machine.cores[0] == Topology.Core(package: 0, numaNode: 0, sharedCache: 0, processor: 0))
+    #expect(machine.cores[3] == Topology.Core(package: 0, numaNode: 0, sharedCache: 1, processor: 6))
+    #expect(machine.cores[11] == Topology.Core(package: 1, numaNode: 1, sharedCache: 3, processor: 22))
   }
 
   @Test func thisMachineHasCoresToPinTo() throws {

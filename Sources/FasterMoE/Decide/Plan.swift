@@ -11,7 +11,18 @@ package struct PlanRequest {
 
   package func check(workers: Int) throws(Failure) {
     guard groupSize >= 0 else { throw Failure(.argument, "group_size must not be negative, not \(groupSize)") }
-    guard workers == 1 else { throw Failure(.unsupported, "plans for several workers are not in this version yet") }
+    guard workers > 1 else { return }
+    guard shadowing == .best || shadowing == .never else {
+      throw Failure(.unsupported, "shadowing among several workers is not in this version yet: pass 0 or 1")
+    }
+    guard schedule != .pairwise else {
+      throw Failure(.unsupported, "the pairwise schedule is not in this version yet: pass 0 or 1")
+    }
+  }
+
+  /// What must be equal on all ranks.
+  package var same: (UInt64, UInt64, UInt64) {
+    (UInt64(shadowing.rawValue), UInt64(schedule.rawValue), UInt64(bitPattern: Int64(groupSize)))
   }
 }
 
@@ -28,18 +39,24 @@ package struct PlanReport {
   /// P-bar of the roofline.
   package var flopRatePerWorker = FlopRate(0)
 
-  /// A worker alone owns every expert: nothing moves, no copy can pay, and all that counts is how fast rows are computed.
-  package static func alone(counts: UnsafePointer<Int64>, shape: Shape, rates: ComputeRates) -> PlanReport {
+  /// Workers that share memory, or one alone: rows are read where they stand, so that nothing is sent and no copy can
+  /// pay. All that counts is how fast the worker computes that has most to do; `rates` [W].
+  package static func inPlace(_ traffic: Traffic, shape: Shape, rates: UnsafePointer<ComputeRates>) -> PlanReport {
     var report = PlanReport()
     var work = Flops(0)
-    for expert in 0..<shape.experts where counts[expert] > 0 {
-      let flops = shape.flops(rows: Int(counts[expert]))
-      work = work + flops
-      report.planned = report.planned + flops / rates.rate(rows: Int(counts[expert]))
+    for worker in 0..<traffic.workers {
+      var busy = Seconds(0)
+      for expert in traffic.owned(by: worker) {
+        let rows = traffic.rows(for: expert)
+        guard rows > 0 else { continue }
+        work = work + shape.flops(rows: rows)
+        busy = busy + shape.flops(rows: rows) / rates[worker].rate(rows: rows)
+      }
+      report.planned = max(report.planned, busy)
     }
     report.plain = report.planned
     report.ideal = report.planned
-    if work.value > 0 { report.flopRatePerWorker = work / report.planned }
+    if work.value > 0 { report.flopRatePerWorker = Flops(work.value / Double(traffic.workers)) / report.planned }
     return report
   }
 }

@@ -2,7 +2,7 @@
 package struct Failure: Error, Equatable {
   /// Whose move it is; the roof translates each to one `fmoe_status`.
   package enum Kind: Equatable, Sendable {
-    case argument, options, stage, file, unsupported, memory, topology, internalDefect
+    case argument, options, stage, file, unsupported, memory, topology, peer, disagree, timeout, internalDefect
   }
   package let kind: Kind
   package let message: String
@@ -10,6 +10,16 @@ package struct Failure: Error, Equatable {
   package init(_ kind: Kind, _ message: String) {
     self.kind = kind
     self.message = message
+  }
+}
+
+/// What `body` fails with, for a call that must tell its peers before it may fail.
+package func failure(of body: () throws(Failure) -> Void) -> Failure? {
+  do throws(Failure) {
+    try body()
+    return nil
+  } catch {
+    return error
   }
 }
 

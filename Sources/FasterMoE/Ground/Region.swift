@@ -30,6 +30,9 @@ package struct Region: ~Copyable {
     }
   }
 
+  /// Never gives the memory back: something that cannot be stopped may still write to it.
+  package consuming func abandon() { discard self }
+
   deinit {
     if let mapping { munmap(mapping.start, mapping.bytes) } else { free(base) }
   }

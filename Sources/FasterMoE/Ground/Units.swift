@@ -1,9 +1,18 @@
+import Glibc
+
 /// A span of time.
 package struct Seconds: Comparable, Sendable {
   package var value: Double
   package init(_ value: Double) { self.value = value }
   package static func < (a: Seconds, b: Seconds) -> Bool { a.value < b.value }
   package static func + (a: Seconds, b: Seconds) -> Seconds { Seconds(a.value + b.value) }
+
+  /// A clock that never goes back, from an arbitrary beginning.
+  package static var now: Seconds {
+    var time = timespec()
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return Seconds(Double(time.tv_sec) + Double(time.tv_nsec) * 1e-9)
+  }
 }
 
 /// An amount of floating-point work.
@@ -17,7 +26,7 @@ package struct Flops: Comparable, Sendable {
 }
 
 /// Floating-point work per second.
-package struct FlopRate: Comparable, Sendable {
+package struct FlopRate: Comparable, Sendable, BitwiseCopyable {
   package var value: Double
   package init(_ value: Double) { self.value = value }
   package static func < (a: FlopRate, b: FlopRate) -> Bool { a.value < b.value }

@@ -4,15 +4,18 @@ import Synchronization
 extension PassContext {
   // MARK: Forward
 
-  /// y_i = Σ_j s_ij · expert_ij(x_i).
-  func forward(blocks: Int, output: UnsafeMutablePointer<Float>) {
+  /// Every row through its expert.
+  func forward(blocks: Int) {
     let parts = rowTasks(blocks)
     while case let task = team.take(), task < blocks * parts {
-      let block = store.blocks[task / parts]
+      let block = inbox.blocks[task / parts]
       let rows = cut(block, task % parts, of: parts)
       if !rows.isEmpty { forward(block, rows) }
     }
-    team.barrier()
+  }
+
+  /// y_i = Σ_j s_ij · expert_ij(x_i).
+  func combine(into output: UnsafeMutablePointer<Float>) {
     forEachToken { token in
       for column in stride(from: 0, to: shape.model, by: 16) {
         let width = min(16, shape.model - column)
@@ -27,13 +30,13 @@ extension PassContext {
     let expert = layer.expert(block)
     let slot = workspace.slot(thread)
     let first = Int(block.row) + rows.lowerBound
-    slot.tokens.fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
+    slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
     let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
     forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
       let place = HiddenTile(
-        tile: tile, linearTile: linearTile, column: column, high: high, inner: store.inner.panel(first + row),
-        innerLinear: store.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+        tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
+        innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
       switch shape.activation {
       case .gelu: place.activate(Gelu.self, bias: expert.inwardBias!, h)
       case .geluTanh: place.activate(GeluTanh.self, bias: expert.inwardBias!, h)
@@ -50,13 +53,11 @@ extension PassContext {
 
   // MARK: Backward
 
-  /// Gradients of rows, weights and routing weights; then grad_tokens, through the gate if it chose.
+  /// Gradients of rows, weights and routing weights.
   ///
   /// Blocks go in order. Each has tasks that make its rows' gradients and, `ahead` blocks later, tasks that make its
   /// weights' gradients from them. Tasks are taken in one order, so whoever waits, waits for a task already under way.
-  func backward(
-    blocks: Int, gradOutput: UnsafePointer<Float>, gradTokens: UnsafeMutablePointer<Float>, throughGate: Bool
-  ) {
+  func backward(blocks: Int) {
     let rowTasks = rowTasks(blocks)
     let weightTasks = self.weightTasks
     let ahead = workspace.slots - 1
@@ -65,55 +66,57 @@ extension PassContext {
       let (round, part) = task.quotientAndRemainder(dividingBy: perBlock)
       if part < rowTasks {
         guard round < blocks else { continue }
-        if round >= workspace.slots { wait(for: store.weightTasksDone + (round - workspace.slots), weightTasks) }
-        let rows = cut(store.blocks[round], part, of: rowTasks)
-        if !rows.isEmpty { backward(round, rows, gradOutput) }
-        store.rowTasksDone[round].wrappingAdd(1, ordering: .releasing)
+        if round >= workspace.slots { wait(for: inbox.weightTasksDone + (round - workspace.slots), weightTasks) }
+        let rows = cut(inbox.blocks[round], part, of: rowTasks)
+        if !rows.isEmpty { backward(round, rows) }
+        inbox.rowTasksDone[round].wrappingAdd(1, ordering: .releasing)
       } else {
         let index = round - ahead
         guard index >= 0 else { continue }
-        let block = store.blocks[index]
-        wait(for: store.rowTasksDone + index, rowTasks)
-        if block.previous >= 0 { wait(for: store.weightTasksDone + Int(block.previous), weightTasks) }
+        let block = inbox.blocks[index]
+        wait(for: inbox.rowTasksDone + index, rowTasks)
+        if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), weightTasks) }
         addWeightGradients(index, part - rowTasks)
-        store.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
+        inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
       }
     }
-    team.barrier()
-    if throughGate {
-      backwardThroughGate(into: gradTokens)
-    } else {
-      forEachToken { token in
-        for column in stride(from: 0, to: shape.model, by: 16) {
-          let width = min(16, shape.model - column)
-          gradTokens.store(
-            sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
-        }
-        // Dropped slots have no row that would write theirs.
-        for choice in 0..<shape.choices where store.routing.rows[token * shape.choices + choice] < 0 {
-          store.gradWeights[token * shape.choices + choice] = 0
-        }
+  }
+
+  /// grad_tokens of a pass that the caller routed.
+  func combineGrads(into gradTokens: UnsafeMutablePointer<Float>) {
+    forEachToken { token in
+      for column in stride(from: 0, to: shape.model, by: 16) {
+        let width = min(16, shape.model - column)
+        gradTokens.store(
+          sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
+      }
+      // Dropped slots have no row that would write theirs.
+      for choice in 0..<shape.choices where store.routing.rows[token * shape.choices + choice] < 0 {
+        store.gradWeights[token * shape.choices + choice] = 0
       }
     }
   }
 
   /// Some rows of a block backwards: gradients of their pre-activations, inputs and routing weights.
-  private func backward(_ index: Int, _ rows: Range<Int>, _ gradOutput: UnsafePointer<Float>) {
+  private func backward(_ index: Int, _ rows: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
-    let block = store.blocks[index]
+    let block = inbox.blocks[index]
     let expert = layer.expert(block)
     let slot = workspace.slot(index)
     let first = Int(block.row) + rows.lowerBound
     let scales = slot.scales + rows.lowerBound
-    slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokens + token(ofRow: first + $0) * d }
-    slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradOutput + token(ofRow: first + $0) * d }
-    for row in 0..<rows.count { scales[row] = store.routing.weights[Int(store.routing.slots[first + row])] }
+    slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokenRow(first + $0) }
+    slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradRow(first + $0) }
+    for row in 0..<rows.count {
+      let (source, at) = source(first + row)
+      scales[row] = source.weight(at)
+    }
     desk.rowSums.update(repeating: 0, count: rows.count * 16)
     let outward = product(slot.grads.from(rows.lowerBound), Factor(expert.outward, depth: d, columns: h))
     forEachTile(rows.count, outward) { column, row, high, tile, _ in
       let place = HiddenTile(
-        tile: tile, linearTile: tile, column: column, high: high, inner: store.inner.panel(first + row),
-        innerLinear: store.innerLinear.panel(first + row), hidden: slot.hidden.panel(rows.lowerBound + row),
+        tile: tile, linearTile: tile, column: column, high: high, inner: inbox.inner.panel(first + row),
+        innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(rows.lowerBound + row),
         blocks: slot.hidden.blocks)
       let sums = desk.rowSums + row * 16
       switch shape.activation {
@@ -124,25 +127,25 @@ extension PassContext {
       case .swiglu: place.deactivateGated(scales + row, sums)
       }
     }
-    let inward = product(store.inner.from(first), Factor(expert.inward, depth: h, columns: d))
+    let inward = product(inbox.inner.from(first), Factor(expert.inward, depth: h, columns: d))
     let linear = expert.inwardLinear.map {
-      secondProduct(store.innerLinear.from(first), Factor($0, depth: h, columns: d))
+      secondProduct(inbox.innerLinear.from(first), Factor($0, depth: h, columns: d))
     }
     forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
       storeRows(tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile })
     }
     // ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
     for row in 0..<rows.count {
-      let slotOfRow = Int(store.routing.slots[first + row])
+      let (source, at) = source(first + row)
       var sum = desk.rowSums.vector(at: row * 16)
       if let bias = expert.outwardBias {
-        let grad = gradOutput + token(ofRow: first + row) * d
+        let grad = source.grad(at)
         for column in stride(from: 0, to: d, by: 16) {
           let width = min(16, d - column)
           sum.addProduct(grad.vector(at: column, first: width), UnsafePointer(bias).vector(at: column, first: width))
         }
       }
-      store.gradWeights[slotOfRow] = sum.sum()
+      source.setGradWeight(at, sum.sum())
     }
   }
 
@@ -155,11 +158,13 @@ extension PassContext {
   private static var columnsPerTask: Int { 128 }
   private func pieces(_ width: Int) -> Int { (width + PassContext.columnsPerTask - 1) / PassContext.columnsPerTask }
 
-  /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums.
+  /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums, each over W: what adds up here are the
+  /// losses of all workers, and a gradient is that of their mean.
   private func addWeightGradients(_ index: Int, _ part: Int) {
     let (d, h) = (shape.model, shape.hidden)
-    let block = store.blocks[index]
+    let block = inbox.blocks[index]
     let grads = layer.expertGradients(block)
+    let share = 1 / Float(layer.group.size)
     let slot = workspace.slot(index)
     let rows = Int(block.rows)
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
@@ -167,14 +172,18 @@ extension PassContext {
     }
     if part < pieces(d) {
       let outputs = range(part, d)
-      addOuter(slot.grads, outputs, slot.hidden, rows: rows, to: grads.outward, stride: h)
-      if let bias = grads.outwardBias { addSums(slot.grads, outputs, rows: rows, scales: slot.scales, to: bias) }
+      addOuter(slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h)
+      if let bias = grads.outwardBias {
+        addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias)
+      }
     } else {
       let (matrix, piece) = (part - pieces(d)).quotientAndRemainder(dividingBy: pieces(h))
-      let inner = (matrix == 0 ? store.inner : store.innerLinear).from(Int(block.row))
+      let inner = (matrix == 0 ? inbox.inner : inbox.innerLinear).from(Int(block.row))
       let units = range(piece, h)
-      addOuter(inner, units, slot.tokens, rows: rows, to: matrix == 0 ? grads.inward : grads.inwardLinear!, stride: d)
-      if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, to: bias) }
+      addOuter(
+        inner, units, slot.tokens, rows: rows, times: share, to: matrix == 0 ? grads.inward : grads.inwardLinear!,
+        stride: d)
+      if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias) }
     }
   }
 
@@ -192,8 +201,6 @@ extension PassContext {
     let high = min(Int(block.rows), panels * (part + 1) / parts * Panels.height)
     return low..<max(low, high)
   }
-
-  @inline(__always) private func token(ofRow row: Int) -> Int { Int(store.routing.slots[row]) / shape.choices }
 
   private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int) {
     team.wait { done.pointee.load(ordering: .acquiring) == tasks }

@@ -70,8 +70,8 @@ extension PassContext {
       while let rows = gateRows(task) {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
         addOuter(
-          store.logits.from(rows.lowerBound), 0..<experts, columns, rows: rows.count, to: layer.gradients.gate + column,
-          stride: d)
+          store.logits.from(rows.lowerBound), 0..<experts, columns, rows: rows.count, times: 1,
+          to: layer.gradients.gate + column, stride: d)
         task += 1
       }
     }

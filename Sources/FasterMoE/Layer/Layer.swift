@@ -1,25 +1,80 @@
 import Glibc
 
-/// The parameters and gradients of one MoE layer, and the passes that batches make through it.
+/// One worker's part of an MoE layer: the parameters and gradients of its experts and of the gate, and the passes that
+/// batches make through it.
 package final class Layer {
   package let group: Group
   package let shape: Shape
   package let losses: RouterLosses
+  /// The experts that this worker owns.
+  package let owned: Range<Int>
+  /// The layer's number in its group, and that of its latest pass: equal on all ranks.
+  let number: Int
+  private var passes = 0
   let values: Parameters
   let gradients: Parameters
   private let zeroing: Zeroing
   /// Passes whose batch is done; their memory serves the next ones.
   private var idle: [Pass] = []
 
-  package init(_ group: Group, _ shape: Shape, losses: RouterLosses, seed: UInt64) throws(Failure) {
+  package struct Options {
+    package let shape: Shape
+    package let losses: RouterLosses
+    package let seed: UInt64
+
+    package init(_ shape: Shape, losses: RouterLosses = RouterLosses(), seed: UInt64) {
+      self.shape = shape
+      self.losses = losses
+      self.seed = seed
+    }
+
+    var same: Notice.Same {
+      let activation: UInt64 =
+        switch shape.activation {
+        case .gelu: 0
+        case .geluTanh: 1
+        case .relu: 2
+        case .silu: 3
+        case .swiglu: 4
+        }
+      return [
+        UInt64(shape.model), UInt64(shape.hidden), UInt64(shape.experts), UInt64(shape.choices), activation, seed,
+        losses.balance.bitPattern, losses.z.bitPattern,
+      ]
+    }
+  }
+
+  /// Makes every rank's part of a layer; `options` may fail on one of them, which the others then hear of.
+  package static func together(_ group: Group, _ options: () throws(Failure) -> Options) throws(Failure) -> Layer {
+    var given: Options?
+    var own = failure { () throws(Failure) in
+      given = try options()
+      guard given!.shape.experts % group.size == 0 else {
+        throw Failure(.argument, "\(given!.shape.experts) experts cannot be shared equally by \(group.size) workers")
+      }
+    }
+    try group.agree(.createLayer, own, same: given?.same ?? .init(repeating: 0))
+    var made: Layer?
+    own = failure { () throws(Failure) in made = try Layer(group, given!) }
+    try group.agree(.createLayer, own)
+    group.layers += 1
+    return made!
+  }
+
+  private init(_ group: Group, _ options: Options) throws(Failure) {
     self.group = group
-    self.shape = shape
-    self.losses = losses
-    values = try Parameters(shape)
-    gradients = try Parameters(shape)
+    shape = options.shape
+    losses = options.losses
+    number = group.layers
+    let each = shape.experts / group.size
+    owned = group.rank * each..<(group.rank + 1) * each
+    values = try Parameters(shape, owned: each)
+    gradients = try Parameters(shape, owned: each)
     zeroing = Zeroing(gradients.base, gradients.floats, group.team)
     _ = try workspace()
-    for tensor in values.drawn(shape, seed: seed) { group.team.run(Drawing(tensor, group.team)) }
+    for tensor in values.drawn(shape, owned: owned, seed: options.seed) {
+      group.team.run(Drawing(tensor, group.team))
+    }
   }
 
   /// Tensors by name, borrowed for the layer's life.
@@ -34,17 +89,59 @@ package final class Layer {
 
   package func zeroGradients() { group.team.run(zeroing) }
 
-  /// A pass for `tokens` [n, d] by the layer's gate.
-  package func gate(tokens: UnsafePointer<Float>?, count n: Int) throws(Failure) -> Pass {
-    let pass = try begin(tokens, n)
-    pass.gate()
-    return pass
+  /// Makes every gradient that of the mean over workers of their losses, which the experts' are from backward on.
+  package func reduceGradients() throws(Failure) {
+    try group.agree(.reduce, nil, same: [UInt64(number), 0, 0, 0, 0, 0, 0, 0])
+    guard group.size > 1 else { return }
+    let count = shape.experts * shape.model
+    try group.peers.sum(gradients.gate, count: count)
+    let share = 1 / Float(group.size)
+    for index in 0..<count { gradients.gate[index] *= share }
+  }
+
+  /// A pass for `tokens` [n, d] by the layer's gate; `refused` is why the caller knows already that it cannot be.
+  package func gate(tokens: UnsafePointer<Float>?, count n: Int, refused: Failure? = nil) throws(Failure) -> Pass {
+    try together(.gate, n) { () throws(Failure) in
+      if let refused { throw refused }
+      let pass = try begin(tokens, n)
+      pass.gate()
+      return pass
+    }
   }
 
   /// A pass for `tokens` [n, d] by the caller's own choices and weights, both [n, k].
   package func route(
-    tokens: UnsafePointer<Float>?, count n: Int, choices: UnsafePointer<Int32>?, weights: UnsafePointer<Float>?
+    tokens: UnsafePointer<Float>?, count n: Int, choices: UnsafePointer<Int32>?, weights: UnsafePointer<Float>?,
+    refused: Failure? = nil
   ) throws(Failure) -> Pass {
+    try together(.route, n) { () throws(Failure) in
+      if let refused { throw refused }
+      try check(choices, weights, n)
+      let pass = try begin(tokens, n)
+      pass.route(choices, weights)
+      return pass
+    }
+  }
+
+  /// Has all ranks begin a pass and tell each other their counts, or none.
+  private func together(_ call: Notice.Call, _ n: Int, _ begin: () throws(Failure) -> Pass) throws(Failure) -> Pass {
+    var begun: Pass?
+    let own = failure { () throws(Failure) in begun = try begin() }
+    do throws(Failure) {
+      let all = try group.agree(
+        call, own, same: [UInt64(number), UInt64(passes), 0, 0, 0, 0, 0, 0],
+        words: [UInt64(max(0, n)), 0, 0, 0, 0, 0, 0, 0])
+      passes += 1
+      let tokens = (0..<group.size).reduce(0) { $0 + Int(all[$1].words[0]) }
+      try begun!.hearCounts(number: passes, tokensOfAll: tokens)
+    } catch {
+      begun?.end()
+      throw error
+    }
+    return begun!
+  }
+
+  private func check(_ choices: UnsafePointer<Int32>?, _ weights: UnsafePointer<Float>?, _ n: Int) throws(Failure) {
     if n > 0 {
       guard let choices else { throw Failure(.argument, "choices is NULL, but there are \(n) tokens") }
       guard weights != nil else { throw Failure(.argument, "weights is NULL, but there are \(n) tokens") }
@@ -56,9 +153,6 @@ package final class Layer {
         )
       }
     }
-    let pass = try begin(tokens, n)
-    pass.route(choices, weights)
-    return pass
   }
 
   private func begin(_ tokens: UnsafePointer<Float>?, _ n: Int) throws(Failure) -> Pass {
@@ -74,8 +168,10 @@ package final class Layer {
     return pass
   }
 
-  /// Takes back a pass that is over.
-  func recycle(_ pass: Pass) { idle.append(pass) }
+  /// Takes back a pass that is over, unless a failed transport may still touch its memory.
+  func recycle(_ pass: Pass) {
+    if !pass.isEntangled { idle.append(pass) }
+  }
 
   func workspace() throws(Failure) -> Workspace {
     let threads = group.team.threads
@@ -103,7 +199,7 @@ private final class Drawing: TeamWork {
   override func work(thread: Int) {
     while case let start = team.take() * Zeroing.piece, start < tensor.count {
       for index in start..<min(start + Zeroing.piece, tensor.count) {
-        tensor.values[index] = tensor.random.uniform(index, bound: tensor.bound)
+        tensor.values[index] = tensor.random.uniform(tensor.first + index, bound: tensor.bound)
       }
     }
   }

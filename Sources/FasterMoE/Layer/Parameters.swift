@@ -1,25 +1,27 @@
-/// One tensor block: the layer's values or their gradients, each tensor dense and row-major.
+/// One tensor block: the layer's values or their gradients, each tensor dense and row-major, of the experts that this
+/// worker owns; e = E/W of them.
 struct Parameters: ~Copyable {
+  /// [E, d]
   let gate: UnsafeMutablePointer<Float>
-  /// [E, h, d] each; the second of the two only for gated experts.
+  /// [e, h, d] each; the second of the two only for gated experts.
   let inward: UnsafeMutablePointer<Float>
   let inwardLinear: UnsafeMutablePointer<Float>?
-  /// [E, d, h]
+  /// [e, d, h]
   let outward: UnsafeMutablePointer<Float>
-  /// [E, h] and [E, d]; nil for gated experts.
+  /// [e, h] and [e, d]; nil for gated experts.
   let inwardBias: UnsafeMutablePointer<Float>?
   let outwardBias: UnsafeMutablePointer<Float>?
   let floats: Int
   private let region: Region
 
-  init(_ shape: Shape) throws(Failure) {
+  init(_ shape: Shape, owned: Int) throws(Failure) {
     func lay(_ arena: inout Arena) -> [UnsafeMutablePointer<Float>?] {
-      let matrix = shape.experts * shape.model * shape.hidden
+      let matrix = owned * shape.model * shape.hidden
       let gated = shape.activation.isGated
       return [
         arena.take(shape.experts * shape.model), arena.take(matrix),
-        gated ? nil : arena.take(shape.experts * shape.hidden),
-        arena.take(matrix), gated ? nil : arena.take(shape.experts * shape.model), gated ? arena.take(matrix) : nil,
+        gated ? nil : arena.take(owned * shape.hidden),
+        arena.take(matrix), gated ? nil : arena.take(owned * shape.model), gated ? arena.take(matrix) : nil,
       ]
     }
     var count = Arena()
@@ -45,21 +47,24 @@ extension Parameters {
     let values: UnsafeMutablePointer<Float>
     let count: Int
     let random: RandomStream
+    /// The number of its first value among those of all workers' experts.
+    let first: Int
     let bound: Float
   }
 
   /// Every weight and bias starts in ±1/√in, as linear layers commonly do; equal for any number of workers.
-  func drawn(_ shape: Shape, seed: UInt64) -> [Drawn] {
-    let (d, h, experts) = (shape.model, shape.hidden, shape.experts)
+  func drawn(_ shape: Shape, owned: Range<Int>, seed: UInt64) -> [Drawn] {
+    let (d, h) = (shape.model, shape.hidden)
+    // Each tensor's experts, floats of one of them, and inputs.
     let tensors = [
-      (gate, experts * d, d), (inward, experts * h * d, d), (inwardBias, experts * h, d),
-      (outward, experts * d * h, h), (outwardBias, experts * d, h), (inwardLinear, experts * h * d, d),
+      (gate, 0..<shape.experts, d, d), (inward, owned, h * d, d), (inwardBias, owned, h, d),
+      (outward, owned, d * h, h), (outwardBias, owned, d, h), (inwardLinear, owned, h * d, d),
     ]
     return tensors.enumerated().compactMap { stream, tensor in
       tensor.0.map {
         Drawn(
-          values: $0, count: tensor.1, random: RandomStream(seed: seed, stream: UInt64(stream)),
-          bound: 1 / Float(tensor.2).squareRoot())
+          values: $0, count: tensor.1.count * tensor.2, random: RandomStream(seed: seed, stream: UInt64(stream)),
+          first: tensor.1.lowerBound * tensor.2, bound: 1 / Float(tensor.3).squareRoot())
       }
     }
   }

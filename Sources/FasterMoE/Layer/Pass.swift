@@ -2,8 +2,9 @@ import Synchronization
 
 /// One batch on its trip through one layer: gate, plan, forward, backward, each once and in this order.
 ///
-/// It keeps what backward needs and no more: the pre-activations of every row and, in the same place for forward and
-/// backward, one row of width d for each slot. Everything else is computed again from the caller's tokens.
+/// It keeps what backward needs and no more: for this worker's tokens one row of width d for each slot, in the same
+/// place for forward and backward; for the rows that its experts compute their pre-activations. Everything else is
+/// computed again from the caller's tokens.
 package final class Pass: TeamWork {
   /// What has been done; the next call must fit.
   package enum Stage { case idle, gated, planned, forwarded, finished }
@@ -12,7 +13,9 @@ package final class Pass: TeamWork {
   private let team: Team
   /// Kept from begin to end, so that a layer outlives its passes.
   private(set) var layer: Layer?
+  /// Behind `store` and behind `inbox`.
   private var memory: Region?
+  private var inboxMemory: Region?
 
   var tokens: UnsafePointer<Float>?
   package private(set) var count = 0
@@ -22,20 +25,21 @@ package final class Pass: TeamWork {
   package private(set) var zLoss = 0.0
 
   private var store: Store!
+  private var inbox: Inbox!
   private var workspace: Workspace!
   private var blocks = 0
+  private var number = 0
+  private var tokensOfAll = 0
   private var job = Job.gate
-  private enum Job { case gate, forward, backward }
+  private enum Job { case gate, send, expertsForward, combineForward, sendGrads, expertsBackward, combineBackward }
 
-  /// Arrays of this pass, R = n·k slots.
+  /// What belongs to this worker's tokens, R = n·k slots.
   struct Store {
     var routing: Routing
     /// [n, E] in panels: logits, then their gradients.
     let logits: Panels
-    /// [R, h] in panels, each expert's rows beginning a panel: pre-activations, then their gradients.
-    let inner: Panels
-    /// The linear half of gated experts.
-    let innerLinear: Panels
+    /// [W, E]
+    let traffic: Traffic
     /// [R, d] row-major: expert outputs, then gradients of expert inputs.
     let rows: UnsafeMutablePointer<Float>
     /// [n, k]
@@ -46,34 +50,73 @@ package final class Pass: TeamWork {
     let expertSums: UnsafeMutablePointer<Double>
     /// [E padded] each expert's share of all choices.
     let shares: UnsafeMutablePointer<Float>
-    let blocks: UnsafeMutablePointer<Block>
-    /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
-    let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
-    let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
 
-    init(_ shape: Shape, tokens n: Int, losses: RouterLosses, _ arena: inout Arena) {
+    init(_ shape: Shape, tokens n: Int, workers: Int, losses: RouterLosses, _ arena: inout Arena) {
       let slots = n * shape.choices
       let experts = Panels.padded(shape.experts)
       let tasks = losses.needProbabilities ? Pass.gateTasks(n) : 0
-      let most = Block.mostBlocks(slots: slots, experts: shape.experts)
       routing = Routing(arena: &arena, slots: slots, experts: shape.experts)
       logits = Panels(arena.take(n * experts), width: shape.experts)
-      inner = Panels(arena.take(slots * Panels.padded(shape.hidden)), width: shape.hidden)
-      innerLinear = Panels(
-        arena.take(shape.activation.isGated ? slots * Panels.padded(shape.hidden) : 0), width: shape.hidden)
+      traffic = Traffic(arena: &arena, workers: workers, experts: shape.experts)
       rows = arena.take(slots * shape.model)
       gradWeights = arena.take(slots)
       probabilitySums = arena.take(tasks * experts)
       squareSums = arena.take(tasks)
       expertSums = arena.take(shape.experts)
       shares = arena.take(experts)
+    }
+  }
+
+  /// What belongs to the rows that this worker's experts compute, R of them.
+  struct Inbox {
+    let arrivals: Arrivals
+    /// [R, h] in panels, each expert's rows beginning a panel: pre-activations, then their gradients.
+    let inner: Panels
+    /// The linear half of gated experts.
+    let innerLinear: Panels
+    let blocks: UnsafeMutablePointer<Block>
+    /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
+    let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
+    let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
+    /// [W] where the rows of each worker stand.
+    let sources: UnsafeMutablePointer<Source>
+    /// Only over a transport. What came from other workers, R' rows [R', d] in their order: tokens, gradients of
+    /// outputs, and what goes back to them. And what goes out of this worker's rows.
+    let tokens, grads, results, outgoing: UnsafeMutablePointer<Float>
+
+    init(_ shape: Shape, _ traffic: Traffic, at worker: Int, overWire: Bool, _ arena: inout Arena) {
+      let rows = traffic.rows(at: worker)
+      let experts = traffic.owned(by: worker).count
+      let most = Block.mostBlocks(slots: rows, experts: experts)
+      arrivals = Arrivals(arena: &arena, rows: rows, experts: experts)
+      inner = Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden)
+      innerLinear = Panels(
+        arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
       blocks = arena.take(most)
       rowTasksDone = arena.take(most)
       weightTasksDone = arena.take(most)
+      sources = arena.take(traffic.workers)
+      let own = traffic.rows(from: worker, to: worker)
+      let foreign = overWire ? (rows - own) * shape.model : 0
+      let leaving = overWire ? ((0..<traffic.workers).reduce(0) { $0 + traffic.rows(from: worker, to: $1) }) - own : 0
+      tokens = arena.take(foreign)
+      grads = arena.take(foreign)
+      results = arena.take(foreign)
+      outgoing = arena.take(leaving * shape.model)
     }
   }
 
   init(team: Team) { self.team = team }
+
+  deinit {
+    // What a failed transport may still write to is never given back.
+    guard isEntangled else { return }
+    memory.take()?.abandon()
+    inboxMemory.take()?.abandon()
+  }
+
+  /// Whether a transport failed while it had memory of this pass.
+  private(set) var isEntangled = false
 
   package var group: Group { layer!.group }
   package var shape: Shape { layer!.shape }
@@ -89,15 +132,16 @@ package final class Pass: TeamWork {
     _ = try checkedProduct(
       "n x (top_k x (d_model + d_hidden) + experts)", n,
       shape.choices * 2 * (shape.model + shape.hidden) + shape.experts)
+    let workers = layer.group.size
     var size = Arena()
-    _ = Store(shape, tokens: n, losses: layer.losses, &size)
-    if capacity < size.bytes {
+    _ = Store(shape, tokens: n, workers: workers, losses: layer.losses, &size)
+    if Pass.capacity(memory) < size.bytes {
       memory = nil
-      memory = try Region(bytes: size.bytes, for: "the activations of a batch")
+      memory = try Region(bytes: size.bytes, for: "the tokens of a batch")
     }
     workspace = try layer.workspace()
-    var arena = Arena(over: memoryBase)
-    store = Store(shape, tokens: n, losses: layer.losses, &arena)
+    var arena = Arena(over: Pass.base(memory))
+    store = Store(shape, tokens: n, workers: workers, losses: layer.losses, &arena)
     self.layer = layer
     self.tokens = tokens
     count = n
@@ -109,7 +153,7 @@ package final class Pass: TeamWork {
     isGated = true
     let layer = layer!
     let (n, shape, losses) = (count, layer.shape, layer.losses)
-    run(.gate)
+    run(.gate, n)
     store.routing.sort(slots: n * shape.choices, experts: shape.experts)
     guard losses.needProbabilities, n > 0 else { return }
     let padded = Panels.padded(shape.experts)
@@ -121,13 +165,27 @@ package final class Pass: TeamWork {
       }
       squares += store.squareSums[task]
     }
-    balanceLoss = losses.balanceLoss(
-      counts: store.routing.counts, sums: store.expertSums, experts: shape.experts, tokens: n, choices: shape.choices)
     zLoss = losses.z * squares / Double(n)
-    for expert in 0..<padded {
-      store.shares[expert] =
-        expert < shape.experts ? Float(Double(store.routing.counts[expert]) / Double(n * shape.choices)) : 0
+  }
+
+  /// Hears all workers' counts, and knows then how much its experts will have to do and how busy all experts are.
+  func hearCounts(number: Int, tokensOfAll: Int) throws(Failure) {
+    let (shape, losses, traffic) = (shape, layer!.losses, store.traffic)
+    self.number = number
+    let own = traffic.counts + group.rank * shape.experts
+    for expert in 0..<shape.experts { own[expert] = UInt32(store.routing.counts[expert]) }
+    try group.peers.gather(own, bytes: shape.experts * MemoryLayout<UInt32>.stride, into: traffic.counts)
+    for worker in 0..<traffic.workers where traffic.rows(at: worker) > Int(Int32.max) {
+      throw Failure(.argument, "\(traffic.rows(at: worker)) rows for the experts of rank \(worker) do not fit 31 bits")
     }
+    guard isGated, losses.needProbabilities, count > 0 else { return }
+    for expert in 0..<Panels.padded(shape.experts) {
+      store.shares[expert] =
+        expert < shape.experts
+        ? Float(Double(traffic.rows(for: expert)) / Double(tokensOfAll * shape.choices)) : 0
+    }
+    balanceLoss = losses.balanceLoss(
+      shares: store.shares, sums: store.expertSums, experts: shape.experts, tokens: count)
   }
 
   func route(_ choices: UnsafePointer<Int32>?, _ weights: UnsafePointer<Float>?) {
@@ -142,22 +200,46 @@ package final class Pass: TeamWork {
   /// Who goes where; valid until the pass ends.
   package var routing: Routing { store.routing }
 
-  package func plan(_ request: PlanRequest, wantsReport: Bool) throws(Failure) -> PlanReport? {
-    guard stage == .gated else { throw wrongStage("plan") }
-    try request.check(workers: 1)
-    let rates = wantsReport ? try group.rates() : nil
+  /// Decides how the pass is to go; predictions only if some rank wants a report, the same on all.
+  package func plan(wantsReport: Bool, _ request: () throws(Failure) -> PlanRequest) throws(Failure) -> PlanReport? {
+    let peers = group.peers
+    var asked: PlanRequest?
+    let own = failure { () throws(Failure) in
+      guard stage == .gated else { throw wrongStage("plan") }
+      asked = try request()
+      try asked!.check(workers: peers.size)
+      guard !wantsReport || peers.shareMemory else {
+        throw Failure(
+          .unsupported, "predictions over a transport need measured links, which are not in this version yet")
+      }
+    }
+    let all = try group.agree(
+      .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: [wantsReport ? 1 : 0, 0, 0, 0, 0, 0, 0, 0])
+    var report: PlanReport?
+    if (0..<peers.size).contains(where: { all[$0].words[0] != 0 }) {
+      report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
+    }
     stage = .planned
-    return rates.map { PlanReport.alone(counts: store.routing.counts, shape: shape, rates: $0) }
+    return report
   }
 
   /// y [n, d] of the batch.
   package func forward(_ output: UnsafeMutablePointer<Float>?) throws(Failure) {
-    guard stage == .gated || stage == .planned else { throw wrongStage("forward") }
-    guard count == 0 || output != nil else { throw Failure(.argument, "output is NULL, but there are \(count) tokens") }
-    workspace = try layer!.workspace()
+    let own = failure { () throws(Failure) in
+      guard stage == .gated || stage == .planned else { throw wrongStage("forward") }
+      guard count == 0 || output != nil else {
+        throw Failure(.argument, "output is NULL, but there are \(count) tokens")
+      }
+      try openInbox()
+      workspace = try layer!.workspace()
+    }
+    let all = try group.agree(.forward, own, same: same(), words: addresses)
     self.output = output
-    blocks = Block.cut(firstRow: store.routing.firstRow, experts: layer!.shape.experts, into: store.blocks)
-    run(.forward)
+    lookAround(all)
+    blocks = Block.cut(
+      firstRow: inbox.arrivals.firstRow, experts: layer!.owned.count, into: inbox.blocks)
+    try throughExperts(send: .send, arriving: inbox.tokens, compute: .expertsForward)
+    run(.combineForward, count)
     stage = .forwarded
   }
 
@@ -166,27 +248,141 @@ package final class Pass: TeamWork {
     _ gradOutput: UnsafePointer<Float>?, gradTokens: UnsafeMutablePointer<Float>?,
     gradWeights: UnsafeMutablePointer<Float>?
   ) throws(Failure) {
-    guard stage == .forwarded else { throw wrongStage("backward") }
-    guard count == 0 || gradOutput != nil else {
-      throw Failure(.argument, "grad_output is NULL, but there are \(count) tokens")
+    let own = failure { () throws(Failure) in
+      guard stage == .forwarded else { throw wrongStage("backward") }
+      guard count == 0 || gradOutput != nil else {
+        throw Failure(.argument, "grad_output is NULL, but there are \(count) tokens")
+      }
+      guard count == 0 || gradTokens != nil else {
+        throw Failure(.argument, "grad_tokens is NULL, but there are \(count) tokens")
+      }
+      guard gradWeights == nil || !isGated else {
+        throw Failure(
+          .argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
+      }
+      workspace = try layer!.workspace()
     }
-    guard count == 0 || gradTokens != nil else {
-      throw Failure(.argument, "grad_tokens is NULL, but there are \(count) tokens")
-    }
-    guard gradWeights == nil || !isGated else {
-      throw Failure(
-        .argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
-    }
-    workspace = try layer!.workspace()
     self.gradOutput = gradOutput
     self.gradTokens = gradTokens
+    lookAround(try group.agree(.backward, own, same: same(), words: addresses))
     for block in 0..<blocks {
-      (store.rowTasksDone + block).initialize(to: Atomic(0))
-      (store.weightTasksDone + block).initialize(to: Atomic(0))
+      (inbox.rowTasksDone + block).initialize(to: Atomic(0))
+      (inbox.weightTasksDone + block).initialize(to: Atomic(0))
     }
-    run(.backward)
-    gradWeights?.update(from: store.gradWeights, count: count * layer!.shape.choices)
+    try throughExperts(send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
+    run(.combineBackward, count)
+    gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
     stage = .finished
+  }
+
+  // MARK: Between workers
+
+  /// What all ranks must have in common in a call on this pass.
+  private func same(_ request: (UInt64, UInt64, UInt64) = (0, 0, 0)) -> Notice.Same {
+    [UInt64(layer!.number), UInt64(number), request.0, request.1, request.2, 0, 0, 0]
+  }
+
+  /// Where the others find this worker's rows, if they share its memory.
+  private var addresses: Notice.Words {
+    func address(_ pointer: UnsafeRawPointer?) -> UInt64 { UInt64(UInt(bitPattern: pointer)) }
+    return [
+      address(tokens), address(gradOutput), address(store.routing.slots), address(store.routing.firstRow),
+      address(store.routing.weights), address(store.rows), address(store.gradWeights), 0,
+    ]
+  }
+
+  /// Room for the rows that will come to this worker's experts, and their list.
+  private func openInbox() throws(Failure) {
+    let overWire = !group.peers.shareMemory
+    var size = Arena()
+    _ = Inbox(shape, store.traffic, at: group.rank, overWire: overWire, &size)
+    if Pass.capacity(inboxMemory) < size.bytes {
+      inboxMemory = nil
+      // The share of a worker among several differs from batch to batch: some room saves asking again.
+      let room = group.size > 1 ? size.bytes / 8 : 0
+      inboxMemory = try Region(bytes: size.bytes + room, for: "the rows of a worker's experts")
+    }
+    var arena = Arena(over: Pass.base(inboxMemory))
+    inbox = Inbox(shape, store.traffic, at: group.rank, overWire: overWire, &arena)
+    inbox.arrivals.sort(store.traffic, at: group.rank)
+  }
+
+  /// Finds the rows of all workers: in their own memory, or in what came from them over the transport.
+  private func lookAround(_ all: UnsafeMutablePointer<Notice>) {
+    let (rank, d, traffic) = (group.rank, shape.model, store.traffic)
+    var before = 0
+    for worker in 0..<traffic.workers {
+      let place = inbox.sources + worker
+      if worker == rank || group.peers.shareMemory {
+        place.initialize(to: Source(all[worker].words, first: layer!.owned.lowerBound, shape))
+      } else {
+        place.initialize(
+          to: Source(
+            tokens: inbox.tokens + before * d, grads: inbox.grads + before * d, rows: inbox.results + before * d, shape)
+        )
+        before += traffic.rows(from: worker, to: rank)
+      }
+    }
+  }
+
+  /// Rows to their experts, through them, and back.
+  ///
+  /// Where workers share memory, experts read and write rows where they stand. Over a transport rows are packed, sent,
+  /// computed and sent back, one after the other.
+  private func throughExperts(send: Job, arriving: UnsafeMutablePointer<Float>, compute: Job) throws(Failure) {
+    let arrived = inbox.arrivals.firstRow[layer!.owned.count]
+    guard let peers = group.peers as? WirePeers else {
+      run(compute, arrived)
+      return try group.peers.meet()
+    }
+    do throws(Failure) {
+      run(send, count)
+      try exchange(peers, from: inbox.outgoing, to: arriving)
+      run(compute, arrived)
+      try exchangeBack(peers)
+    } catch {
+      isEntangled = group.isEntangled
+      throw error
+    }
+  }
+
+  private func exchange(
+    _ peers: WirePeers, from outgoing: UnsafeMutablePointer<Float>, to arriving: UnsafeMutablePointer<Float>
+  ) throws(Failure) {
+    peers.forEachOther { peer in
+      receive(
+        peers, arriving + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer)
+      send(peers, outgoing + leavingBefore(peer) * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer)
+    }
+    try peers.wire.run()
+  }
+
+  private func exchangeBack(_ peers: WirePeers) throws(Failure) {
+    peers.forEachOther { peer in
+      let first = store.routing.firstRow[store.traffic.owned(by: peer).lowerBound]
+      receive(peers, store.rows + first * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer)
+      send(
+        peers, inbox.results + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer)
+    }
+    try peers.wire.run()
+  }
+
+  private func receive(_ peers: WirePeers, _ to: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int) {
+    if rows > 0 { peers.wire.receive(to, rows * shape.model * MemoryLayout<Float>.stride, from: peer) }
+  }
+
+  private func send(_ peers: WirePeers, _ from: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int) {
+    if rows > 0 { peers.wire.send(from, rows * shape.model * MemoryLayout<Float>.stride, to: peer) }
+  }
+
+  /// Rows that come from workers before `peer`.
+  private func arrivingBefore(_ peer: Int) -> Int {
+    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.traffic.rows(from: $1, to: group.rank)) }
+  }
+
+  /// Rows that leave for workers before `peer`.
+  private func leavingBefore(_ peer: Int) -> Int {
+    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.traffic.rows(from: group.rank, to: $1)) }
   }
 
   /// The trip is over, at whatever stage; the memory goes back to the layer.
@@ -202,8 +398,9 @@ package final class Pass: TeamWork {
   private var gradOutput: UnsafePointer<Float>?
   private var gradTokens: UnsafeMutablePointer<Float>?
 
-  private func run(_ job: Job) {
-    guard count > 0 else { return }
+  /// Has the team do a job that is empty where `size` is 0.
+  private func run(_ job: Job, _ size: Int) {
+    guard size > 0 else { return }
     self.job = job
     team.run(self)
   }
@@ -211,13 +408,17 @@ package final class Pass: TeamWork {
   package override func work(thread: Int) {
     let layer = layer!
     let context = PassContext(
-      thread: thread, team: team, layer: layer, store: store, workspace: workspace, desk: workspace.desk(thread),
-      tokens: tokens!, count: count)
+      thread: thread, team: team, layer: layer, store: store, inbox: inbox, workspace: workspace,
+      desk: workspace.desk(thread), tokens: tokens, count: count)
     switch job {
     case .gate: context.chooseExperts()
-    case .forward: context.forward(blocks: blocks, output: output!)
-    case .backward:
-      context.backward(blocks: blocks, gradOutput: gradOutput!, gradTokens: gradTokens!, throughGate: isGated)
+    case .send: context.packTokens()
+    case .expertsForward: context.forward(blocks: blocks)
+    case .combineForward: context.combine(into: output!)
+    case .sendGrads: context.packGrads(gradOutput!)
+    case .expertsBackward: context.backward(blocks: blocks)
+    case .combineBackward:
+      if isGated { context.backwardThroughGate(into: gradTokens!) } else { context.combineGrads(into: gradTokens!) }
     }
   }
 
@@ -234,19 +435,67 @@ package final class Pass: TeamWork {
       .stage, "\(call) does not fit: the pass \(done); the order is gate or route, plan, forward, backward, each once")
   }
 
-  private var capacity: Int {
-    switch memory {
+  private static func capacity(_ region: borrowing Region?) -> Int {
+    switch region {
     case .some(let region): region.bytes
     case .none: 0
     }
   }
 
-  private var memoryBase: UnsafeMutableRawPointer {
-    switch memory {
+  private static func base(_ region: borrowing Region?) -> UnsafeMutableRawPointer {
+    switch region {
     case .some(let region): region.base
-    case .none: preconditionFailure("a pass has memory from begin on")
+    case .none: preconditionFailure("a pass has memory by now")
     }
   }
+}
+
+/// Where one worker's rows stand, of those that go to this worker's experts, counted from the first.
+struct Source {
+  /// [n, d] tokens and gradients of their outputs if `slots` are there; else the rows themselves.
+  private let tokens: UnsafePointer<Float>
+  private let grads: UnsafePointer<Float>
+  private let slots: UnsafePointer<Int32>?
+  /// [rows, d] what the experts make of them.
+  private let rows: UnsafeMutablePointer<Float>
+  /// [n, k]; nil where gradients come weighted already and their owner makes those of the weights.
+  private let weights: UnsafePointer<Float>?
+  private let gradWeights: UnsafeMutablePointer<Float>?
+  private let model: Int
+  private let choices: Int
+
+  /// In the memory that another pass, or this one, told of in `words`; `first` is the first expert that counts.
+  init(_ words: Notice.Words, first: Int, _ shape: Shape) {
+    func floats(_ index: Int) -> UnsafeMutablePointer<Float> {
+      // A worker without tokens may have NULL for them; nothing of it is touched.
+      UnsafeMutablePointer(bitPattern: UInt(words[index])) ?? UnsafeMutablePointer(bitPattern: 64)!
+    }
+    let row = UnsafePointer<Int>(bitPattern: UInt(words[3]))![first]
+    tokens = UnsafePointer(floats(0))
+    grads = UnsafePointer(floats(1))
+    slots = UnsafePointer<Int32>(bitPattern: UInt(words[2]))! + row
+    weights = UnsafePointer(floats(4))
+    rows = floats(5) + row * shape.model
+    gradWeights = floats(6)
+    (model, choices) = (shape.model, shape.choices)
+  }
+
+  /// In rows that came over a transport.
+  init(
+    tokens: UnsafePointer<Float>, grads: UnsafePointer<Float>, rows: UnsafeMutablePointer<Float>, _ shape: Shape
+  ) {
+    (self.tokens, self.grads, self.rows) = (tokens, grads, rows)
+    (slots, weights, gradWeights) = (nil, nil, nil)
+    (model, choices) = (shape.model, shape.choices)
+  }
+
+  @inline(__always) private func line(_ row: Int) -> Int { slots.map { Int($0[row]) / choices } ?? row }
+  @inline(__always) func token(_ row: Int) -> UnsafePointer<Float> { tokens + line(row) &* model }
+  @inline(__always) func grad(_ row: Int) -> UnsafePointer<Float> { grads + line(row) &* model }
+  @inline(__always) func result(_ row: Int) -> UnsafeMutablePointer<Float> { rows + row &* model }
+  /// What the row's gradient is still to be multiplied by.
+  @inline(__always) func weight(_ row: Int) -> Float { weights.map { $0[Int(slots![row])] } ?? 1 }
+  @inline(__always) func setGradWeight(_ row: Int, _ value: Float) { gradWeights?[Int(slots![row])] = value }
 }
 
 /// One thread's view of a running pass; the stages are its methods.
@@ -255,11 +504,31 @@ struct PassContext {
   let team: Team
   let layer: Layer
   let store: Pass.Store
+  /// There from forward on.
+  let inbox: Pass.Inbox!
   let workspace: Workspace
   let desk: Workspace.Desk
-  /// [n, d]
-  let tokens: UnsafePointer<Float>
+  /// [n, d]; nil only where n is 0.
+  let tokens: UnsafePointer<Float>!
   let count: Int
 
   var shape: Shape { layer.shape }
+
+  @inline(__always) func source(_ row: Int) -> (Source, Int) {
+    let origin = inbox.arrivals.origins[row]
+    return (inbox.sources[Int(origin.worker)], Int(origin.row))
+  }
+  /// A row that this worker's experts compute: its token, its output's gradient, and where its result goes.
+  @inline(__always) func tokenRow(_ row: Int) -> UnsafePointer<Float> {
+    let (source, at) = source(row)
+    return source.token(at)
+  }
+  @inline(__always) func gradRow(_ row: Int) -> UnsafePointer<Float> {
+    let (source, at) = source(row)
+    return source.grad(at)
+  }
+  @inline(__always) func resultRow(_ row: Int) -> UnsafeMutablePointer<Float> {
+    let (source, at) = source(row)
+    return source.result(at)
+  }
 }

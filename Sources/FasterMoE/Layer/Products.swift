@@ -59,9 +59,10 @@ extension PassContext {
 
   // MARK: Sums over rows
 
-  /// gradient [left width, stride] += leftᵀ·right over `rows`, for the columns of `left` in `range`.
+  /// gradient [left width, stride] += share · leftᵀ·right over `rows`, for the columns of `left` in `range`.
   func addOuter(
-    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, to gradient: UnsafeMutablePointer<Float>,
+    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, times share: Float,
+    to gradient: UnsafeMutablePointer<Float>,
     stride: Int
   ) {
     // The right blocks of one round stay in the first caches while the left columns stream by.
@@ -80,7 +81,8 @@ extension PassContext {
           for j in 0..<blocks {
             let at = (block + j) * 16
             let width = min(16, right.width - at)
-            let sum = row.vector(at: at, first: width) + desk.tile.vector(at: (i * blocks + j) * 16)
+            let sum = desk.tile.vector(at: (i * blocks + j) * 16).times(
+              Vector(repeating: share), plus: row.vector(at: at, first: width))
             row.store(sum, at: at, first: width)
           }
         }
@@ -90,9 +92,9 @@ extension PassContext {
     }
   }
 
-  /// sums [width] += Σ over `rows` of the columns in `range`, each row times its scale.
+  /// sums [width] += share · Σ over `rows` of the columns in `range`, each row times its scale.
   func addSums(
-    _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?,
+    _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?, times share: Float,
     to sums: UnsafeMutablePointer<Float>
   ) {
     for column in stride(from: range.lowerBound, to: range.upperBound, by: 16) {
@@ -108,13 +110,14 @@ extension PassContext {
         }
       }
       let width = min(16, panels.width - column)
-      sums.store(sums.vector(at: column, first: width) + sum, at: column, first: width)
+      sums.store(
+        sum.times(Vector(repeating: share), plus: sums.vector(at: column, first: width)), at: column, first: width)
     }
   }
 
   // MARK: Rows of tokens
 
-  /// Writes a tile of `product` as rows of [R, d], plus a bias or another tile.
+  /// Writes a tile of `product` as rows of width d where they go, plus a bias or another tile.
   @inline(__always)
   func storeRows(
     _ tile: UnsafeMutablePointer<Float>, _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
@@ -126,7 +129,7 @@ extension PassContext {
       for i in 0..<high {
         let at = i * Strip.width + half - column
         let sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
-        store.rows.store(sum, at: (first + i) * shape.model + half, first: width)
+        resultRow(first + i).store(sum, at: half, first: width)
       }
     }
   }

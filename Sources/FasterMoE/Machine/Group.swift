@@ -1,34 +1,93 @@
 import Glibc
 
-/// One worker's seat in a group of workers: its place on the machine, its threads and the memory they compute in.
+/// One rank's seat in a group of workers: its peers, its place on the machine, its threads and the memory they use.
 package final class Group {
   package struct Options {
-    /// Compute threads; 0: one per usable core.
+    /// Compute threads; 0: one per core of this rank's share.
     package var threads = 0
     /// Whether each thread is tied to its core.
     package var pins = true
+    /// Longest wait for a peer that says nothing; nil: forever.
+    package var timeout: Seconds?
     /// An hwloc XML file or synthetic string instead of this machine; read by init alone. A path is bytes, not text.
     package var topology: UnsafePointer<CChar>?
     package init() {}
   }
 
+  package let peers: any Peers
   package let topology: Topology
   package let team: Team
+  /// Where all ranks run.
+  package let places: Places
   private var workspace: Region?
-  private var measuredRates: ComputeRates?
+  /// [W] how fast each worker computes, once that was measured.
+  private let measuredRates: UnsafeMutablePointer<ComputeRates>
+  private var haveMeasuredRates = false
+  private let notices: UnsafeMutablePointer<Notice>
   private let lock: UnsafeMutablePointer<pthread_mutex_t>
+  /// Layers made so far, the same number on all ranks.
+  package var layers = 0
 
-  package init(_ options: Options) throws(Failure) {
+  package var rank: Int { peers.rank }
+  package var size: Int { peers.size }
+
+  /// `size` ranks that are threads of this process; their shares of the cores are neighbours.
+  package static func local(_ size: Int, _ options: Options) throws(Failure) -> [Group] {
     let topology = try Topology(description: options.topology)
+    let places = Places(Array(repeating: Place(topology), count: size))
+    var groups: [Group] = []
+    for seat in SharedPeers.seats(size, timeout: options.timeout) {
+      groups.append(try Group(seat, options, topology, places))
+    }
+    return groups
+  }
+
+  /// This rank's seat among ranks that a transport joins; all of them make theirs together.
+  ///
+  /// A `failure` found before, in the options, is told to the others, who then fail too.
+  package static func over(_ transport: any Transport, _ options: Options, failure before: Failure?) throws(Failure)
+    -> Group
+  {
+    let peers = WirePeers(transport, timeout: options.timeout)
+    var topology: Topology?
+    var own = before
+    if own == nil {
+      own = FasterMoE.failure { () throws(Failure) in topology = try Topology(description: options.topology) }
+    }
+    let scratch = UnsafeMutablePointer<Notice>.allocate(capacity: peers.size)
+    defer { scratch.deallocate() }
+    try Notice.agree(.createGroup, own, with: peers, into: scratch)
+    var here = Place(topology!)
+    let everywhere = UnsafeMutablePointer<Place>.allocate(capacity: peers.size)
+    defer { everywhere.deallocate() }
+    try peers.gather(&here, bytes: MemoryLayout<Place>.stride, into: everywhere)
+    let places = Places(Array(UnsafeBufferPointer(start: everywhere, count: peers.size)))
+    peers.chain = places.leaves
+    peers.wire.name = places.name
+    var made: Group?
+    own = FasterMoE.failure { () throws(Failure) in made = try Group(peers, options, topology!, places) }
+    try Notice.agree(.createGroup, own, with: peers, into: scratch)
+    return made!
+  }
+
+  private init(_ peers: any Peers, _ options: Options, _ topology: Topology, _ places: Places) throws(Failure) {
+    self.peers = peers
     self.topology = topology
-    let threads = options.threads == 0 ? max(1, topology.cores.count) : options.threads
+    self.places = places
+    let sharing = places.sharing(of: peers.rank)
+    let share = sharing.isAlike ? topology.share(of: sharing.index, among: sharing.count) : 0..<0
+    let fair = share.isEmpty ? topology.cores.count / sharing.count : share.count
+    let threads = options.threads == 0 ? max(1, fair) : options.threads
     guard threads <= Group.mostThreads else {
       throw Failure(.argument, "\(threads) threads are more than the \(Group.mostThreads) one worker may have")
     }
     // Where the system refuses to tie a thread, as some containers do, its scheduler places it.
-    let pins = options.pins && topology.isThisMachine && threads <= topology.cores.count
-    team = try Team(threads: threads) { if pins { _ = topology.bindCallingThread(toCore: $0) } }
-    // Last, since nothing would give it back if the others failed.
+    let pins = options.pins && topology.isThisMachine && threads <= share.count
+    let first = share.lowerBound
+    team = try Team(threads: threads) { if pins { _ = topology.bindCallingThread(toCore: first + $0) } }
+    // Last, since nothing would give these back if the others failed.
+    notices = .allocate(capacity: peers.size)
+    measuredRates = .allocate(capacity: peers.size)
     lock = .allocate(capacity: 1)
     lock.initialize(to: pthread_mutex_t())
     pthread_mutex_init(lock, nil)
@@ -37,6 +96,8 @@ package final class Group {
   deinit {
     pthread_mutex_destroy(lock)
     lock.deallocate()
+    notices.deallocate()
+    measuredRates.deallocate()
   }
 
   package static let mostThreads = 4096
@@ -49,6 +110,22 @@ package final class Group {
     return try body()
   }
 
+  /// Enters a call that all ranks make together: it goes on on all of them or fails on all.
+  ///
+  /// `own` is why this rank cannot go on, `same` what must be equal on all ranks, `words` what each tells the others.
+  /// Returns all ranks' words, valid until the next call.
+  @discardableResult
+  package func agree(
+    _ call: Notice.Call, _ own: Failure?, same: Notice.Same = .init(repeating: 0),
+    words: Notice.Words = .init(repeating: 0)
+  ) throws(Failure) -> UnsafeMutablePointer<Notice> {
+    try Notice.agree(call, own, same: same, words: words, with: peers, into: notices)
+    return notices
+  }
+
+  /// Whether a transport that failed may still touch memory that this group gave it.
+  package var isEntangled: Bool { (peers as? WirePeers)?.wire.isEntangled ?? false }
+
   /// Memory for the running call, at least `bytes`; its contents do not outlive the call.
   package func workspace(bytes: Int) throws(Failure) -> UnsafeMutableRawPointer {
     if let base = workspaceBase(bytes) { return base }
@@ -57,12 +134,16 @@ package final class Group {
     return workspaceBase(bytes)!
   }
 
-  /// How fast this worker computes, measured when first asked for.
-  package func rates() throws(Failure) -> ComputeRates {
-    if let measuredRates { return measuredRates }
-    let rates = try ComputeRates.measured(by: team)
-    measuredRates = rates
-    return rates
+  /// [W] how fast each worker computes, measured when first asked for: by all at once, since each is slower while the
+  /// others work. All ranks call it together, in `call`.
+  package func rates(in call: Notice.Call) throws(Failure) -> UnsafePointer<ComputeRates> {
+    if !haveMeasuredRates {
+      var mine = ComputeRates(.init(repeating: FlopRate(0)))
+      try agree(call, FasterMoE.failure { () throws(Failure) in mine = try ComputeRates.measured(by: team) })
+      try peers.gather(&mine, bytes: MemoryLayout<ComputeRates>.stride, into: measuredRates)
+      haveMeasuredRates = true
+    }
+    return UnsafePointer(measuredRates)
   }
 
   private func workspaceBase(_ bytes: Int) -> UnsafeMutableRawPointer? {

@@ -3,7 +3,7 @@ import Glibc
 /// How fast one worker multiplies, by the rows that one weight matrix is used for.
 ///
 /// Few rows are slow: each weight that is read serves only so many multiplications.
-package struct ComputeRates: Sendable {
+package struct ComputeRates: Sendable, BitwiseCopyable {
   package static let sampledRows: InlineArray<6, Int> = [1, 4, 12, 48, 192, 576]
   package var rates: InlineArray<6, FlopRate>
 
@@ -31,19 +31,13 @@ extension ComputeRates {
       probe.rows = sampledRows[sample]
       var best = FlopRate(0)
       for _ in 0..<3 {
-        let start = now()
+        let start = Seconds.now
         team.run(probe)
-        best = max(best, probe.work / Seconds(now().value - start.value))
+        best = max(best, probe.work / Seconds(Seconds.now.value - start.value))
       }
       rates[sample] = best
     }
     return ComputeRates(rates)
-  }
-
-  private static func now() -> Seconds {
-    var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return Seconds(Double(time.tv_sec) + Double(time.tv_nsec) * 1e-9)
   }
 }
 

@@ -6,6 +6,8 @@ package final class Topology {
   /// Where one core sits; indexes count what this process may use, in hwloc's logical order.
   package struct Core: Equatable {
     package let package: Int, numaNode: Int, sharedCache: Int
+    /// The system's number of its first processor, which all processes of a machine know it by.
+    package let processor: Int
   }
 
   private let handle: hwloc_topology_t
@@ -31,6 +33,25 @@ package final class Topology {
   }
 
   deinit { hwloc_topology_destroy(handle) }
+
+  /// The cores for worker `index` of `count` that share this machine: neighbours, of one NUMA node or of whole ones where
+  /// the numbers allow. Empty if there are fewer cores than workers.
+  package func share(of index: Int, among count: Int) -> Range<Int> {
+    guard cores.count >= count else { return 0..<0 }
+    var starts: [Int] = []  // of each NUMA node
+    for core in cores.indices where core == 0 || cores[core].numaNode != cores[core - 1].numaNode {
+      starts.append(core)
+    }
+    let nodes = starts.count
+    starts.append(cores.count)
+    if nodes % count == 0 { return starts[index * nodes / count]..<starts[(index + 1) * nodes / count] }
+    let (node, place, each) = (index * nodes / count, index % max(1, count / nodes), max(1, count / nodes))
+    let width = starts[node + 1] - starts[node]
+    if count % nodes == 0, (0..<nodes).allSatisfy({ starts[$0 + 1] - starts[$0] >= each }) {
+      return starts[node] + width * place / each..<starts[node] + width * (place + 1) / each
+    }
+    return cores.count * index / count..<cores.count * (index + 1) / count
+  }
 
   /// Ties the calling thread to core `index`; false where the system refuses.
   package func bindCallingThread(toCore index: Int) -> Bool {
@@ -86,7 +107,9 @@ package final class Topology {
       while let candidate = hwloc_get_obj_by_type(handle, HWLOC_OBJ_NUMANODE, UInt32(node)),
         hwloc_bitmap_intersects(candidate.pointee.cpuset, core!.pointee.cpuset) == 0
       { node += 1 }
-      return Core(package: above(HWLOC_OBJ_PACKAGE), numaNode: node, sharedCache: above(caches))
+      return Core(
+        package: above(HWLOC_OBJ_PACKAGE), numaNode: node, sharedCache: above(caches),
+        processor: Int(hwloc_bitmap_first(core!.pointee.cpuset)))
     }
   }
 }

@@ -98,7 +98,7 @@ package enum TopK {
 
 /// The auxiliary losses of a gate, which keep experts equally busy and logits small.
 package struct RouterLosses: Sendable {
-  /// Coefficient a of a·E·Σ_e f_e P_e: f_e the share of all choices that went to e, P_e the mean probability of e.
+  /// Coefficient a of a·E·Σ_e f_e P_e: f_e the share of all workers' choices that went to e, P_e the mean probability of e.
   /// Its value is a when both are uniform (Switch Transformer eq. 4, Megatron for k > 1).
   package var balance = 0.0
   /// Coefficient of the mean over tokens of (log Σ_e e^logit)² (ST-MoE eq. 5).
@@ -110,14 +110,14 @@ package struct RouterLosses: Sendable {
   }
   package var needProbabilities: Bool { balance != 0 || z != 0 }
 
-  /// The balance loss of n tokens with k choices each, given Σ over tokens of each expert's probability.
+  /// The balance loss of n tokens, given each expert's share f of the choices and its Σ over tokens of probabilities.
   package func balanceLoss(
-    counts: UnsafePointer<Int64>, sums: UnsafePointer<Double>, experts: Int, tokens: Int, choices: Int
+    shares f: UnsafePointer<Float>, sums: UnsafePointer<Double>, experts: Int, tokens: Int
   ) -> Double {
     guard balance != 0, tokens > 0 else { return 0 }
     var inner = 0.0
-    for expert in 0..<experts { inner += Double(counts[expert]) * sums[expert] }
-    return balance * Double(experts) * inner / (Double(tokens) * Double(tokens) * Double(choices))
+    for expert in 0..<experts { inner += Double(f[expert]) * sums[expert] }
+    return balance * Double(experts) * inner / Double(tokens)
   }
 
   /// Both losses' gradient in one token's logits, added to `gradLogits` [E, padded].

@@ -1,0 +1,85 @@
+import Glibc
+
+/// Where one rank runs, as it tells the others.
+package struct Place: BitwiseCopyable {
+  /// The machine's name, ended by zeros.
+  var host = InlineArray<64, UInt8>(repeating: 0)
+  /// Of the running system: equal for all who share its processors, whatever names their containers give the machine.
+  var system = InlineArray<40, UInt8>(repeating: 0)
+  /// Of the first core that the rank may use, by the system's own numbers.
+  var package: Int32 = 0
+  var numaNode: Int32 = 0
+  var cores: Int32 = 0
+  /// A bit for each core that the rank may use, at its first processor's number.
+  var processors = InlineArray<64, UInt64>(repeating: 0)
+
+  init(_ topology: Topology) {
+    gethostnameBytes()
+    if let file = fopen("/proc/sys/kernel/random/boot_id", "r") {
+      withUnsafeMutableBytes(of: &system) { _ = fread($0.baseAddress!, 1, 36, file) }
+      fclose(file)
+    }
+    cores = Int32(clamping: topology.cores.count)
+    guard let first = topology.cores.first else { return }
+    (package, numaNode) = (Int32(clamping: first.package), Int32(clamping: first.numaNode))
+    for core in topology.cores where core.processor >= 0 && core.processor < 64 * 64 {
+      processors[core.processor / 64] |= 1 << UInt64(core.processor % 64)
+    }
+  }
+
+  private mutating func gethostnameBytes() {
+    withUnsafeMutableBytes(of: &host) { bytes in
+      _ = gethostname(bytes.baseAddress!.assumingMemoryBound(to: CChar.self), bytes.count - 1)
+    }
+  }
+
+  var hostName: String { withUnsafeBytes(of: host) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) } }
+
+  func isOnHost(of other: Place) -> Bool { Place.equal(host, other.host) }
+  func isOnSystem(of other: Place) -> Bool { Place.equal(system, other.system) }
+  func mayUseSameCores(as other: Place) -> Bool { isOnSystem(of: other) && Place.equal(processors, other.processors) }
+  func mayMeet(_ other: Place) -> Bool {
+    isOnSystem(of: other) && processors.indices.contains { processors[$0] & other.processors[$0] != 0 }
+  }
+
+  private static func equal<T: BitwiseCopyable>(_ a: T, _ b: T) -> Bool {
+    withUnsafeBytes(of: a) { a in withUnsafeBytes(of: b) { b in a.elementsEqual(b) } }
+  }
+}
+
+/// The places of all ranks, the same on each of them: a tree of hosts, packages, NUMA nodes and ranks.
+package struct Places {
+  package let all: [Place]
+
+  /// The host of each rank, numbered by first appearance.
+  package let host: [Int]
+
+  package init(_ all: [Place]) {
+    self.all = all
+    var host: [Int] = []
+    for (rank, place) in all.enumerated() {
+      let before = all[..<rank].firstIndex { $0.isOnHost(of: place) }
+      host.append(before.map { host[$0] } ?? (host.max() ?? -1) + 1)
+    }
+    self.host = host
+  }
+
+  /// Ranks in the order of the tree's leaves: neighbours are near each other.
+  package var leaves: [Int] {
+    func key(_ rank: Int) -> (Int, Int32, Int32, Int) {
+      (host[rank], all[rank].package, all[rank].numaNode, rank)
+    }
+    return all.indices.sorted { key($0) < key($1) }
+  }
+
+  /// Which of the ranks that may use the same cores `rank` is, how many there are, and whether they may use all the same
+  /// ones; where only some are, nobody can tell who should have which.
+  package func sharing(of rank: Int) -> (index: Int, count: Int, isAlike: Bool) {
+    let sharers = all.indices.filter { $0 == rank || all[$0].mayMeet(all[rank]) }
+    let isAlike = sharers.allSatisfy { $0 == rank || all[$0].mayUseSameCores(as: all[rank]) }
+    return (sharers.firstIndex(of: rank)!, sharers.count, isAlike)
+  }
+
+  /// Names a rank so that people find it.
+  package func name(_ rank: Int) -> String { "rank \(rank) on \(all[rank].hostName)" }
+}

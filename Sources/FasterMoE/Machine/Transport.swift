@@ -1,0 +1,12 @@
+/// What carries bytes between ranks: MPI, sockets, anything with these two functions. The roof wraps the host's.
+package protocol Transport: AnyObject {
+  var rank: Int { get }
+  var size: Int { get }
+  /// Begins to move one message and returns at once. From one rank to another the i-th sent meets the i-th received.
+  ///
+  /// `bytes` are the transport's until `isDone` has said so.
+  func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool) throws(Failure)
+    -> UnsafeMutableRawPointer?
+  /// Whether the message has moved, which ends the request; it also drives progress.
+  func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) throws(Failure) -> Bool
+}

@@ -1,0 +1,218 @@
+import Foundation
+import Testing
+
+@testable import FasterMoE
+
+/// Runs `body` on `count` threads of its own, one for each rank, and records what it throws.
+func onThreads(_ count: Int, _ body: @escaping (Int) throws -> Void) {
+  nonisolated(unsafe) let body = body
+  let threads = (0..<count).map { rank in
+    let done = DispatchSemaphore(value: 0)
+    Thread {
+      do { try body(rank) } catch { Issue.record("rank \(rank): \(error)") }
+      done.signal()
+    }.start()
+    return done
+  }
+  for done in threads { done.wait() }
+}
+
+/// A transport between threads: messages queue up for each pair of ranks and arrive only after some tests, at random.
+private final class Mailbox: @unchecked Sendable {
+  private let lock = NSLock()
+  private var waiting: [[Int]: [Message]] = [:]
+  private var random = Numbers(30)
+
+  private final class Message {
+    let bytes: UnsafeMutableRawPointer
+    let count: Int
+    var isDone = false
+    var testsLeft: Int
+    init(_ bytes: UnsafeMutableRawPointer, _ count: Int, _ testsLeft: Int) {
+      (self.bytes, self.count, self.testsLeft) = (bytes, count, testsLeft)
+    }
+  }
+
+  final class Seat: Transport {
+    let rank: Int
+    let size: Int
+    let box: Mailbox
+    private var open: [Message] = []
+    init(_ rank: Int, _ size: Int, _ box: Mailbox) { (self.rank, self.size, self.box) = (rank, size, box) }
+
+    func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool)
+      -> UnsafeMutableRawPointer?
+    {
+      let message = box.lock.withLock {
+        let message = Message(bytes, count, box.random.below(4))
+        box.waiting[receiving ? [peer, rank, 1] : [rank, peer, 0], default: []].append(message)
+        return message
+      }
+      return Unmanaged.passRetained(message).toOpaque()
+    }
+
+    func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) -> Bool {
+      let message = Unmanaged<Message>.fromOpaque(request!)
+      return box.lock.withLock {
+        for pair in [[rank, peer], [peer, rank]] { box.move(pair) }
+        let mine = message.takeUnretainedValue()
+        mine.testsLeft -= 1
+        guard mine.isDone, mine.testsLeft < 0 else { return false }
+        message.release()
+        return true
+      }
+    }
+  }
+
+  private func move(_ pair: [Int]) {
+    while let from = waiting[pair + [0]]?.first, let to = waiting[pair + [1]]?.first {
+      precondition(from.count == to.count, "sizes agree")
+      memcpy(to.bytes, from.bytes, from.count)
+      (from.isDone, to.isDone) = (true, true)
+      waiting[pair + [0]]!.removeFirst()
+      waiting[pair + [1]]!.removeFirst()
+    }
+  }
+}
+
+@Suite struct PeerTests {
+  private static func onWires(_ size: Int, _ body: @escaping (WirePeers) throws -> Void) {
+    let box = Mailbox()
+    onThreads(size) { rank in try body(WirePeers(Mailbox.Seat(rank, size, box), timeout: Seconds(20))) }
+  }
+
+  /// What rank r has at place i.
+  private static func value(_ rank: Int, _ i: Int) -> Float {
+    Float((rank * 31 + i * 7) % 1000) / 8 + 1 / Float(rank + 3)
+  }
+
+  @Test(arguments: [1, 2, 3, 5, 8])
+  func everybodyHearsEverybody(size: Int) {
+    Self.onWires(size) { peers in
+      var own = [UInt64(peers.rank), UInt64(peers.rank * peers.rank)]
+      var all = [UInt64](repeating: 9, count: 2 * size)
+      for _ in 0..<3 { try peers.gather(&own, bytes: 16, into: &all) }
+      let expected = (0..<UInt64(size)).flatMap { [$0, $0 * $0] }
+      #expect(all == expected)
+    }
+    nonisolated(unsafe) let seats = SharedPeers.seats(size, timeout: nil)
+    onThreads(size) { rank in
+      var all = [UInt64](repeating: 9, count: size)
+      for round in 0..<50 {
+        var own = UInt64(rank + round)
+        try seats[rank].gather(&own, bytes: 8, into: &all)
+        let expected = (0..<size).map { UInt64($0 + round) }
+        #expect(all == expected)
+      }
+    }
+  }
+
+  /// Small and large ones take different ways to the same bits.
+  @Test(arguments: [1, 2, 3, 4, 7], [1, 5, 1000, 4097, 40_001])
+  func sumsAreInTheOrderOfRanks(size: Int, count: Int) {
+    let expected = (0..<count).map { i in
+      (1..<size).reduce(Self.value(0, i)) { $0 + Self.value($1, i) }
+    }
+    Self.onWires(size) { peers in
+      var values = (0..<count).map { Self.value(peers.rank, $0) }
+      try peers.sum(&values, count: count)
+      #expect(values == expected)
+    }
+    nonisolated(unsafe) let seats = SharedPeers.seats(size, timeout: nil)
+    onThreads(size) { rank in
+      var values = (0..<count).map { Self.value(rank, $0) }
+      try seats[rank].sum(&values, count: count)
+      #expect(values == expected)
+    }
+  }
+
+  @Test(arguments: [1, 2, 3, 5], [1, 40_001])
+  func broadcastAndReduceGoAlongTheChain(size: Int, count: Int) {
+    for root in 0..<size {
+      Self.onWires(size) { peers in
+        peers.chain = Array((0..<size).reversed())
+        var values = (0..<count).map { Self.value(peers.rank, $0) }
+        try peers.broadcast(&values, count: count, from: root)
+        let sent = (0..<count).map { Self.value(root, $0) }
+        #expect(values == sent)
+        values = (0..<count).map { Self.value(peers.rank, $0) }
+        try peers.reduce(&values, count: count, to: root)
+        // The chain begins behind the root and ends with it.
+        let order = (1...size).map { (root + size * 2 - $0) % size }
+        let expected = (0..<count).map { i in
+          order.dropFirst().reduce(Self.value(order[0], i)) { $0 + Self.value($1, i) }
+        }
+        let untouched = (0..<count).map { Self.value(peers.rank, $0) }
+        #expect(values == (peers.rank == root ? expected : untouched))
+      }
+    }
+  }
+
+  @Test func aSilentPeerIsTimedOutByName() {
+    let box = Mailbox()
+    onThreads(2) { rank in
+      let peers = WirePeers(Mailbox.Seat(rank, 3, box), timeout: Seconds(0.2))
+      var (own, all) = (UInt8(1), [UInt8](repeating: 0, count: 3))
+      for _ in 0..<2 {
+        let failed = failure { () throws(Failure) in try peers.gather(&own, bytes: 1, into: &all) }
+        #expect(failed?.kind == .timeout && failed!.message.contains("rank 2"))
+      }
+      #expect(peers.wire.isEntangled, "what was given to rank 2 may still move")
+    }
+    nonisolated(unsafe) let seats = SharedPeers.seats(3, timeout: Seconds(0.2))
+    onThreads(2) { rank in
+      var (own, all) = (UInt8(1), [UInt8](repeating: 0, count: 3))
+      let failed = failure { () throws(Failure) in try seats[rank].gather(&own, bytes: 1, into: &all) }
+      #expect(failed?.kind == .timeout && failed!.message.contains("rank 2"))
+    }
+  }
+
+  // MARK: Places
+
+  private static func place(_ host: String, _ system: String, cores: String, processors: [Int]? = nil) throws -> Place {
+    var place = Place(try Topology(description: cores))
+    place.host = .init(repeating: 0)
+    place.system = .init(repeating: 0)
+    for (at, byte) in host.utf8.enumerated() { place.host[at] = byte }
+    for (at, byte) in system.utf8.enumerated() { place.system[at] = byte }
+    if let processors {
+      place.processors = .init(repeating: 0)
+      for processor in processors { place.processors[processor / 64] |= 1 << UInt64(processor % 64) }
+      place.cores = Int32(processors.count)
+    }
+    return place
+  }
+
+  @Test func ranksOfOneMachineShareItsCores() throws {
+    let node = try Self.place("a", "1", cores: "pack:2 [numa] core:4 pu:2")
+    let other = try Self.place("b", "2", cores: "core:4 pu:1")
+    let places = Places([node, other, node])
+    #expect(places.host == [0, 1, 0])
+    #expect(places.leaves == [0, 2, 1], "neighbours on the chain are on one host")
+    #expect(places.sharing(of: 0) == (0, 2, true) && places.sharing(of: 2) == (1, 2, true))
+    #expect(places.sharing(of: 1) == (0, 1, true))
+    // Containers of one system share its cores too, whatever they call themselves.
+    let inside = try Self.place("c", "1", cores: "pack:2 [numa] core:4 pu:2")
+    #expect(Places([node, inside]).sharing(of: 1) == (1, 2, true))
+    // Bound apart by mpirun: each has its own.
+    let low = try Self.place("a", "1", cores: "core:8 pu:1", processors: [0, 1, 2, 3])
+    let high = try Self.place("a", "1", cores: "core:8 pu:1", processors: [4, 5, 6, 7])
+    #expect(Places([low, high]).sharing(of: 1) == (0, 1, true))
+    // Partly the same: the scheduler decides.
+    let middle = try Self.place("a", "1", cores: "core:8 pu:1", processors: [2, 3, 4, 5])
+    #expect(Places([low, middle]).sharing(of: 0) == (0, 2, false))
+  }
+
+  @Test func sharesAreWholeNodesOrPartsOfOne() throws {
+    func shares(_ machine: String, _ count: Int) throws -> [Range<Int>] {
+      let topology = try Topology(description: machine)
+      return (0..<count).map { topology.share(of: $0, among: count) }
+    }
+    #expect(try shares("pack:2 [numa] core:4 pu:2", 2) == [0..<4, 4..<8])
+    #expect(try shares("pack:2 [numa] core:4 pu:2", 1) == [0..<8])
+    #expect(try shares("pack:2 [numa] core:5 pu:1", 4) == [0..<2, 2..<5, 5..<7, 7..<10], "no worker over two nodes")
+    #expect(try shares("pack:2 [numa] core:4 pu:1", 3) == [0..<2, 2..<5, 5..<8])
+    #expect(try shares("core:4 pu:1", 4) == [0..<1, 1..<2, 2..<3, 3..<4])
+    #expect(try shares("core:2 pu:1", 3).allSatisfy(\.isEmpty), "too few are left to the scheduler")
+  }
+}
