@@ -9,7 +9,7 @@ typedef struct tensor {
   char name[32];
   int64_t size;
   int decays;           /* a matrix, which weight decay may shrink */
-  int per_expert;       /* [E, ...]: a token visits k of the E */
+  int per_expert;       /* [E/W, ...]: this worker's part of E experts, of which a token visits k */
   float *value, *gradient;
   float *mean, *square; /* running averages of the gradient and of its square, both from 0 */
 } tensor;
@@ -19,8 +19,8 @@ typedef struct adamw {
   double clip; /* the gradient of all tensors together is shortened to this norm; 0: never */
 } adamw;
 
-double gradient_norm(team *crew, const tensor *tensors, int count);
+double gradient_squares(team *crew, const tensor *of); /* their sum */
 
-/* Uses the gradients up: they are 0 afterwards.  norm is theirs, step counts from 1. */
+/* Uses the gradients up: they are 0 afterwards.  norm is that of all gradients together, step counts from 1. */
 void adamw_step(team *crew, tensor *tensors, int count, const adamw *how, double norm, int step);
 #endif

@@ -26,19 +26,22 @@ typedef struct block {          /* attention, then experts, each behind a norm a
 
 struct gpt {
   gpt_config config;
+  peers peers; /* alone: of size 1, with a group of its own */
   team *crew;
-  fmoe_group *group;
   block *blocks;
   tensor *tensors;
   int tensor_count;
   tensor *symbols, *places, *head; /* [V, d]  [T, d]  [V, d] */
 
-  int B, T;        /* of the latest forward */
+  int first, B, T; /* of the latest forward: this worker computes B of its sequences, from the first on */
   int has_targets; /* gpt_backward may follow */
   int updates;     /* steps of AdamW so far */
 
   float *memory; /* dense parameters, AdamW's averages, activations: one allocation */
   int64_t taken; /* floats of it handed out */
+  float *dense_gradients; /* [dense_size] those of all dense tensors, side by side */
+  int64_t dense_size;
+  float *counts;                                                      /* [layers, E] tokens of the latest forward */
   int32_t *tokens, *targets;                                          /* [n] */
   float *stream;                                                      /* [n, d] every block adds to it */
   float *outcome;                                                     /* [n, d] of the experts */
@@ -65,23 +68,61 @@ static fmoe_status fail(fmoe_status status, const char *format, ...) {
     if (status_ != FMOE_OK) return fail(status_, "%s", fmoe_last_error());  \
   } while (0)
 
+/* ---- workers --------------------------------------------------------------------------------- */
+static int sum(const gpt *model, float *values, int64_t count) { /* 0, or not if a worker is lost */
+  return model->peers.size > 1 ? model->peers.sum(model->peers.context, values, count) : 0;
+}
+
+fmoe_status gpt_sum(const gpt *model, float *values, int64_t count) {
+  return sum(model, values, count) == 0 ? FMOE_OK : fail(FMOE_ERROR_PEER, "another worker is lost");
+}
+
+/* What a worker does alone may fail alone: after this, all go on or none. */
+static fmoe_status agree(const gpt *model, fmoe_status status) {
+  float failed = status != FMOE_OK;
+  if (sum(model, &failed, 1) != 0) failed = 1;
+  return status == FMOE_OK && failed > 0 ? fail(FMOE_ERROR_PEER, "another worker failed") : status;
+}
+
+static int first_of(const gpt *model, int B, int rank) { /* the sequences of B that are this rank's begin here */
+  return (int)(((int64_t)B * rank + model->peers.size - 1) / model->peers.size);
+}
+
+/* Makes of this worker's loss and counts those of all. */
+static fmoe_status share_loss(gpt *model, gpt_loss *loss) {
+  int L = model->config.layers, E = model->config.experts, W = model->peers.size;
+  if (W > 1) { /* float32 will do here; a worker alone keeps its doubles */
+    float means[3] = {(float)loss->mean, (float)loss->balance, (float)loss->z};
+    fmoe_status status = gpt_sum(model, means, 3);
+    if (status == FMOE_OK) status = gpt_sum(model, model->counts, (int64_t)L * E);
+    if (status != FMOE_OK) return status;
+    *loss = (gpt_loss){.mean = (double)means[0] / W, .balance = (double)means[1] / W, .z = (double)means[2] / W};
+  }
+  for (int i = 0; i < L; i++) {
+    double most = 0, all = 0;
+    for (int e = 0; e < E; e++) {
+      double count = model->counts[i * E + e];
+      all += count;
+      if (count > most) most = count;
+    }
+    loss->load += all > 0 ? most * E / all / L : 0;
+  }
+  return FMOE_OK;
+}
+
 /* ---- experts: stream [n, d] += the MoE layer of normal2 [n, d] ------------------------------- */
-static fmoe_status experts_forward(gpt *model, block *b, int n, gpt_loss *loss) {
+static fmoe_status experts_forward(gpt *model, int layer, int n, gpt_loss *loss) {
   const gpt_config *c = &model->config;
+  block *b = &model->blocks[layer];
   TRY(fmoe_gate(b->experts, b->normal2, n, &b->pass));
   TRY(fmoe_forward(b->pass, model->outcome));
   add(model->crew, (int64_t)n * c->width, model->outcome, model->stream);
 
   fmoe_routing routing = {.struct_size = sizeof routing};
   TRY(fmoe_pass_routing(b->pass, &routing));
-  int64_t most = 0, all = 0;
-  for (int e = 0; e < c->experts; e++) {
-    all += routing.counts[e];
-    if (routing.counts[e] > most) most = routing.counts[e];
-  }
+  for (int e = 0; e < c->experts; e++) model->counts[layer * c->experts + e] = (float)routing.counts[e];
   loss->balance += routing.balance_loss;
   loss->z += routing.z_loss;
-  loss->load += all > 0 ? (double)most * c->experts / (double)all / c->layers : 0;
   return FMOE_OK;
 }
 
@@ -102,17 +143,14 @@ static void forget(gpt *model) { /* the latest forward */
   model->has_targets = 0;
 }
 
-static fmoe_status keep(const gpt *model, const char *what, int least, int n, const int32_t *symbols, int32_t *copy) {
-  int most = model->config.vocab - 1;
-  for (int i = 0; i < n; i++) {
+static fmoe_status check(const char *what, int least, int most, int n, const int32_t *symbols) {
+  for (int i = 0; i < n; i++)
     if (symbols[i] < least || symbols[i] > most)
       return fail(FMOE_ERROR_ARGUMENT, "%s %d is %d, not in %d..%d", what, i, (int)symbols[i], least, most);
-    copy[i] = symbols[i];
-  }
   return FMOE_OK;
 }
 
-/* Forward as far as the logits. */
+/* Forward as far as the logits, with this worker's part of the sequences, which may be none. */
 static fmoe_status run(gpt *model, const int32_t *tokens, int B, int T, gpt_loss *loss) {
   const gpt_config *c = &model->config;
   team *crew = model->crew;
@@ -120,11 +158,13 @@ static fmoe_status run(gpt *model, const int32_t *tokens, int B, int T, gpt_loss
   if (B < 1 || B > c->batch || T < 1 || T > c->context)
     return fail(FMOE_ERROR_ARGUMENT, "%d sequences of %d tokens, but the model was made for 1..%d of 1..%d", B, T,
                 c->batch, c->context);
-  int n = B * T, d = c->width;
-  fmoe_status status = keep(model, "token", 0, n, tokens, model->tokens);
+  fmoe_status status = check("token", 0, c->vocab - 1, B * T, tokens);
   if (status != FMOE_OK) return status;
-  model->B = B;
+  model->first = first_of(model, B, model->peers.rank);
+  model->B = B = first_of(model, B, model->peers.rank + 1) - model->first;
   model->T = T;
+  int n = B * T, d = c->width;
+  memcpy(model->tokens, tokens + (int64_t)model->first * T, (size_t)n * sizeof tokens[0]);
   *loss = (gpt_loss){0, 0, 0, 0};
 
   embed_forward(crew, n, T, d, model->tokens, model->symbols->value, model->places->value, model->stream);
@@ -136,7 +176,7 @@ static fmoe_status run(gpt *model, const int32_t *tokens, int B, int T, gpt_loss
     linear_forward(crew, n, d, d, b->mixed, b->project->value, ADD, model->stream);
 
     norm_forward(crew, n, d, model->stream, b->normal2, b->scale2);
-    if ((status = experts_forward(model, b, n, loss)) != FMOE_OK) return status;
+    if ((status = experts_forward(model, i, n, loss)) != FMOE_OK) return status;
   }
   norm_forward(crew, n, d, model->stream, model->normal, model->scale);
   linear_forward(crew, n, d, c->vocab, model->normal, model->head->value, SET, model->logits);
@@ -145,9 +185,15 @@ static fmoe_status run(gpt *model, const int32_t *tokens, int B, int T, gpt_loss
 
 fmoe_status gpt_forward(gpt *model, const int32_t *tokens, const int32_t *targets, int B, int T, gpt_loss *loss) {
   fmoe_status status = run(model, tokens, B, T, loss);
-  if (status == FMOE_OK) status = keep(model, "target", -1, B * T, targets, model->targets);
+  if (status == FMOE_OK) status = check("target", -1, model->config.vocab - 1, B * T, targets);
   if (status != FMOE_OK) return status;
-  loss->mean = cross_entropy(model->crew, B * T, model->config.vocab, model->targets, model->logits, model->losses);
+  int n = model->B * T, counted = 0;
+  for (int i = 0; i < B * T; i++) counted += targets[i] >= 0;
+  memcpy(model->targets, targets + (int64_t)model->first * T, (size_t)n * sizeof targets[0]);
+  /* Divided by what is a worker's share on average: the mean over workers is then that over all tokens. */
+  loss->mean = cross_entropy(model->crew, n, model->config.vocab, model->targets, (double)counted / model->peers.size,
+                             model->logits, model->losses);
+  if ((status = share_loss(model, loss)) != FMOE_OK) return status;
   model->has_targets = 1;
   return FMOE_OK;
 }
@@ -181,9 +227,29 @@ fmoe_status gpt_backward(gpt *model) {
 }
 
 /* ---- update ---------------------------------------------------------------------------------- */
-fmoe_status gpt_update(gpt *model, const adamw *how, double *norm) {
+/* Every gradient becomes that of the mean over workers of their losses. */
+static fmoe_status share_gradients(gpt *model) {
   for (int i = 0; i < model->config.layers; i++) TRY(fmoe_layer_reduce_gradients(model->blocks[i].experts));
-  double length = gradient_norm(model->crew, model->tensors, model->tensor_count);
+  fmoe_status status = gpt_sum(model, model->dense_gradients, model->dense_size);
+  float W = (float)model->peers.size;
+  for (int64_t i = 0; W > 1 && i < model->dense_size; i++) model->dense_gradients[i] /= W;
+  return status;
+}
+
+fmoe_status gpt_update(gpt *model, const adamw *how, double *norm) {
+  fmoe_status status = share_gradients(model);
+  if (status != FMOE_OK) return status;
+  double squares = 0, experts = 0; /* of what every worker has, and of what each has of its own */
+  for (int t = 0; t < model->tensor_count; t++) {
+    const tensor *one = &model->tensors[t];
+    *(one->per_expert ? &experts : &squares) += gradient_squares(model->crew, one);
+  }
+  if (model->peers.size > 1) {
+    float all = (float)experts;
+    if ((status = gpt_sum(model, &all, 1)) != FMOE_OK) return status;
+    experts = all;
+  }
+  double length = sqrt(squares + experts);
   adamw_step(model->crew, model->tensors, model->tensor_count, how, length, ++model->updates);
   if (norm) *norm = length;
   return FMOE_OK;
@@ -195,28 +261,33 @@ void gpt_zero_gradients(gpt *model) {
 }
 
 /* ---- sampling -------------------------------------------------------------------------------- */
+static int draw(int V, const float *logits, double temperature, double chance /* [0, 1) */) {
+  int likeliest = 0;
+  for (int j = 1; j < V; j++)
+    if (logits[j] > logits[likeliest]) likeliest = j;
+  if (temperature <= 0) return likeliest;
+
+  double all = 0;
+  for (int j = 0; j < V; j++) all += exp((logits[j] - logits[likeliest]) / temperature);
+  double mark = all * chance;
+  for (int j = 0; j < V; j++) {
+    mark -= exp((logits[j] - logits[likeliest]) / temperature);
+    if (mark < 0) return j;
+  }
+  return likeliest;
+}
+
 fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperature, uint64_t *random, int32_t *next) {
   gpt_loss unused;
   fmoe_status status = run(model, tokens, 1, T, &unused);
   if (status != FMOE_OK) return status;
-  int V = model->config.vocab, likeliest = 0;
-  const float *logits = model->logits + (int64_t)(T - 1) * V; /* of the last position */
-  for (int j = 1; j < V; j++)
-    if (logits[j] > logits[likeliest]) likeliest = j;
-  *next = likeliest;
-  if (temperature <= 0) return FMOE_OK;
-
-  double sum = 0;
-  for (int j = 0; j < V; j++) sum += exp((logits[j] - logits[likeliest]) / temperature);
-  double mark = sum * gpt_random(random);
-  for (int j = 0; j < V; j++) {
-    mark -= exp((logits[j] - logits[likeliest]) / temperature);
-    if (mark < 0) {
-      *next = j;
-      break;
-    }
-  }
-  return FMOE_OK;
+  int V = model->config.vocab;
+  double chance = temperature > 0 ? gpt_random(random) : 0; /* all draw, so that their numbers stay the same */
+  float symbol = 0;
+  if (model->B > 0) symbol = (float)draw(V, model->logits + (int64_t)(T - 1) * V, temperature, chance);
+  status = gpt_sum(model, &symbol, 1);
+  if (status == FMOE_OK) *next = (int32_t)symbol;
+  return status;
 }
 
 double gpt_random(uint64_t *state) { /* splitmix64 */
@@ -235,7 +306,7 @@ const tensor *gpt_tensors(const gpt *model, int *count) {
 double gpt_parameters(const gpt *model, double *active) {
   double all = 0, resting = 0;
   for (int i = 0; i < model->tensor_count; i++) {
-    double size = (double)model->tensors[i].size;
+    double size = (double)model->tensors[i].size * (model->tensors[i].per_expert ? model->peers.size : 1);
     all += size;
     if (model->tensors[i].per_expert) resting += size * (1 - (double)model->config.top_k / model->config.experts);
   }
@@ -277,26 +348,26 @@ static tensor *add_tensor(gpt *model, const char *name, int layer, int64_t size)
   return added;
 }
 
-static tensor *add_dense(gpt *model, const char *name, int layer, int64_t size) {
+static tensor *add_dense(gpt *model, const char *name, int layer, int64_t size) { /* arrange gives it a gradient */
   tensor *added = add_tensor(model, name, layer, size);
   added->value = take(model, size);
-  added->gradient = take(model, size);
   return added;
 }
 
 static fmoe_status add_experts(gpt *model, int layer) { /* their values and gradients stay where the library has them */
-  int64_t d = model->config.width, h = model->config.hidden, E = model->config.experts;
+  int64_t d = model->config.width, h = model->config.hidden;
   fmoe_tensors value = {.struct_size = sizeof value}, gradient = {.struct_size = sizeof gradient};
   TRY(fmoe_layer_values(model->blocks[layer].experts, &value));
   TRY(fmoe_layer_gradients(model->blocks[layer].experts, &gradient));
+  int64_t E = model->config.experts, mine = value.local_experts;
   const struct {
     const char *name;
     int64_t size;
     int decays, per_expert;
     float *value, *gradient;
-  } list[] = {{"gate", E * d, 1, 0, value.gate, gradient.gate}, {"w1", E * h * d, 1, 1, value.w1, gradient.w1},
-              {"b1", E * h, 0, 1, value.b1, gradient.b1},       {"w2", E * d * h, 1, 1, value.w2, gradient.w2},
-              {"b2", E * d, 0, 1, value.b2, gradient.b2},       {"w3", E * h * d, 1, 1, value.w3, gradient.w3}};
+  } list[] = {{"gate", E * d, 1, 0, value.gate, gradient.gate},  {"w1", mine * h * d, 1, 1, value.w1, gradient.w1},
+              {"b1", mine * h, 0, 1, value.b1, gradient.b1},     {"w2", mine * d * h, 1, 1, value.w2, gradient.w2},
+              {"b2", mine * d, 0, 1, value.b2, gradient.b2},     {"w3", mine * h * d, 1, 1, value.w3, gradient.w3}};
   for (int i = 0; i < 6; i++) {
     if (!list[i].value) continue; /* SwiGLU has no biases, the others no w3 */
     tensor *added = add_tensor(model, list[i].name, layer, list[i].size);
@@ -311,16 +382,23 @@ static fmoe_status add_experts(gpt *model, int layer) { /* their values and grad
 /* Hands out the memory.  Runs twice: without any, to learn how much it takes, and then in earnest. */
 static fmoe_status arrange(gpt *model) {
   const gpt_config *c = &model->config;
-  int64_t n = (int64_t)c->batch * c->context, d = c->width, V = c->vocab, shares = n * c->heads * c->context;
+  int64_t n = (int64_t)first_of(model, c->batch, 1) * c->context, d = c->width, V = c->vocab;
+  int64_t shares = n * c->heads * c->context;
   model->taken = 0;
   model->tensor_count = 0;
   model->symbols = add_dense(model, "symbols", -1, V * d);
   model->places = add_dense(model, "places", -1, c->context * d);
   model->head = add_dense(model, "head", -1, V * d);
   for (int i = 0; i < c->layers; i++) {
+    model->blocks[i].triple = add_dense(model, "qkv", i, 3 * d * d);
+    model->blocks[i].project = add_dense(model, "project", i, d * d);
+  }
+  int64_t before = model->taken;
+  for (int i = 0; i < model->tensor_count; i++) model->tensors[i].gradient = take(model, model->tensors[i].size);
+  model->dense_gradients = model->symbols->gradient;
+  model->dense_size = model->taken - before;
+  for (int i = 0; i < c->layers; i++) {
     block *b = &model->blocks[i];
-    b->triple = add_dense(model, "qkv", i, 3 * d * d);
-    b->project = add_dense(model, "project", i, d * d);
     fmoe_status status = add_experts(model, i);
     if (status != FMOE_OK) return status;
     b->normal1 = take(model, n * d);
@@ -333,6 +411,7 @@ static fmoe_status arrange(gpt *model) {
   }
   model->tokens = take(model, n);
   model->targets = take(model, n);
+  model->counts = take(model, (int64_t)c->layers * c->experts);
   model->stream = take(model, n * d);
   model->outcome = take(model, n * d);
   model->normal = take(model, n * d);
@@ -377,7 +456,7 @@ static fmoe_status create_experts(gpt *model, int layer, uint64_t seed) {
   options.seed = seed;
   options.balance_loss = c->balance_loss;
   options.z_loss = c->z_loss;
-  TRY(fmoe_layer_create(model->group, &options, &model->blocks[layer].experts));
+  TRY(fmoe_layer_create(model->peers.group, &options, &model->blocks[layer].experts));
   return FMOE_OK;
 }
 
@@ -391,6 +470,30 @@ static fmoe_status ask_top_k(gpt *model) { /* which k the library chose: a pass 
   return FMOE_OK;
 }
 
+/* All that takes no other worker.  The crew is not pinned: only the scheduler sees what else is awake, such as crews of
+ * other workers; the group's threads are asleep while the crew has work. */
+static fmoe_status create_alone(gpt *model) {
+  gpt_config *c = &model->config;
+  if (c->threads < 1) c->threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
+  model->crew = team_create(c->threads);
+  model->blocks = calloc((size_t)c->layers, sizeof model->blocks[0]);
+  model->tensors = calloc((size_t)c->layers * 8 + 3, sizeof model->tensors[0]);
+  if (!model->crew || !model->blocks || !model->tensors) return fail(FMOE_ERROR_MEMORY, "no memory or no threads");
+  fmoe_group_options options = {.struct_size = sizeof options, .threads = c->threads};
+  if (!c->peers) TRY(fmoe_group_create_local(1, &options, &model->peers.group));
+  return FMOE_OK;
+}
+
+static fmoe_status reserve(gpt *model) {
+  fmoe_status status = arrange(model);
+  if (status != FMOE_OK) return status;
+  void *memory;
+  size_t size = (size_t)model->taken * sizeof(float);
+  if (posix_memalign(&memory, 64, size) != 0) return fail(FMOE_ERROR_MEMORY, "no memory: %.0f MB", (double)size / 1e6);
+  model->memory = memset(memory, 0, size);
+  return arrange(model);
+}
+
 static fmoe_status build(gpt *model) {
   gpt_config *c = &model->config;
   if (c->vocab < 1 || c->context < 1 || c->batch < 1 || c->layers < 1 || c->heads < 1 || c->width < 1)
@@ -399,28 +502,14 @@ static fmoe_status build(gpt *model) {
     return fail(FMOE_ERROR_ARGUMENT, "a batch of %d times %d tokens is too large", c->batch, c->context);
   if (c->width % c->heads != 0)
     return fail(FMOE_ERROR_ARGUMENT, "%d heads do not divide a width of %d", c->heads, c->width);
-  if (c->threads < 1) c->threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
 
-  /* The crew comes before the group: a thread inherits the cores of its maker, and the group may pin its own maker. */
-  model->crew = team_create(c->threads);
-  model->blocks = calloc((size_t)c->layers, sizeof model->blocks[0]);
-  model->tensors = calloc((size_t)c->layers * 8 + 3, sizeof model->tensors[0]);
-  if (!model->crew || !model->blocks || !model->tensors) return fail(FMOE_ERROR_MEMORY, "no memory or no threads");
-  fmoe_group_options options = {.struct_size = sizeof options, .threads = c->threads};
-  TRY(fmoe_group_create_local(1, &options, &model->group));
-
+  fmoe_status status = agree(model, create_alone(model));
   uint64_t random = c->seed;
-  fmoe_status status = FMOE_OK;
   for (int i = 0; i < c->layers && status == FMOE_OK; i++)
     status = create_experts(model, i, (uint64_t)(gpt_random(&random) * 9007199254740992.0));
   if (status == FMOE_OK && c->top_k == 0) status = ask_top_k(model);
-  if (status == FMOE_OK) status = arrange(model);
+  if (status == FMOE_OK) status = agree(model, reserve(model));
   if (status != FMOE_OK) return status;
-  void *memory;
-  size_t size = (size_t)model->taken * sizeof(float);
-  if (posix_memalign(&memory, 64, size) != 0) return fail(FMOE_ERROR_MEMORY, "no memory: %.0f MB", (double)size / 1e6);
-  model->memory = memset(memory, 0, size);
-  if ((status = arrange(model)) != FMOE_OK) return status;
 
   double deviation = 1 / sqrt(c->width);
   fill(model->symbols, 0.5, &random);
@@ -437,6 +526,7 @@ fmoe_status gpt_create(const gpt_config *config, gpt **out) {
   gpt *model = calloc(1, sizeof *model);
   if (!model) return fail(FMOE_ERROR_MEMORY, "no memory");
   model->config = *config;
+  model->peers = config->peers ? *config->peers : (peers){.size = 1};
   fmoe_status status = build(model);
   if (status == FMOE_OK)
     *out = model;
@@ -449,7 +539,7 @@ void gpt_destroy(gpt *model) {
   if (!model) return;
   if (model->blocks) forget(model);
   for (int i = 0; model->blocks && i < model->config.layers; i++) fmoe_layer_destroy(model->blocks[i].experts);
-  fmoe_group_destroy(model->group);
+  if (!model->config.peers) fmoe_group_destroy(model->peers.group);
   team_destroy(model->crew);
   free(model->tensors);
   free(model->blocks);

@@ -4,13 +4,18 @@
  *                   |_____________________|  |___________________|
  *
  * Letters of the shapes: B sequences of T tokens, n = B T; V symbols; d width; H heads; h hidden width of an expert;
- * E experts, of which each token visits k.  All matrices are dense row-major float32. */
+ * E experts, of which each token visits k.  All matrices are dense row-major float32.
+ *
+ * W workers train one model when all make the same calls with the same arguments; they get the same answers.  Each has
+ * all dense parameters, E/W experts of every layer, and computes B/W of the sequences.  Calls that compute wait for the
+ * other workers, and fail on all or on none. */
 #ifndef GPT_H
 #define GPT_H
 #include <fastermoe.h>
 #include <stdint.h>
 
 #include "adamw.h"
+#include "peers.h"
 
 typedef struct gpt gpt;
 
@@ -21,7 +26,8 @@ typedef struct gpt_config {
   int gate, activation;        /* FMOE_GATE_TOPK ..., FMOE_GELU ... */
   double balance_loss, z_loss; /* coefficients of the experts' two extra losses */
   uint64_t seed;               /* of all initial values */
-  int threads;                 /* for the dense layers, and as many for the experts; 0: one per core */
+  int threads;                 /* of this worker, for the dense layers; 0: one per core */
+  const peers *peers;          /* its context and group are kept; NULL: alone, with as many threads for the experts */
 } gpt_config;
 
 /* Calls that can fail return FMOE_OK, or say why not in gpt_last_error(): this thread's latest failure, in words. */
@@ -30,19 +36,23 @@ void gpt_destroy(gpt *model); /* NULL is fine */
 const char *gpt_last_error(void);
 
 typedef struct gpt_loss {
-  double mean;       /* cross-entropy in nats, averaged over the tokens with a target */
+  double mean;       /* cross-entropy in nats, averaged over the tokens with a target, of all workers */
   double balance, z; /* the experts' extra losses, coefficients included; gradients are those of the sum of all three */
   double load;       /* tokens of the fullest expert over those of the average one, averaged over layers; even is 1 */
 } gpt_loss;
 
 /* tokens and targets are [B, T], of 0..V-1; a target may also be -1: nothing to guess there.  After gpt_forward comes
- * gpt_backward, which adds to the gradients, or nothing at all: the next forward forgets this one. */
+ * gpt_backward, which adds to the gradients, or nothing at all: the next forward forgets this one.  W should divide the
+ * B that is learnt from: else tokens of a worker with fewer weigh more in the balance and z losses. */
 fmoe_status gpt_forward(gpt *model, const int32_t *tokens, const int32_t *targets, int B, int T, gpt_loss *loss);
 fmoe_status gpt_backward(gpt *model);
 
-/* A step of AdamW; zeroes the gradients. */
+/* Averages the gradients over the workers and makes a step of AdamW; zeroes the gradients. */
 fmoe_status gpt_update(gpt *model, const adamw *how, double *norm /* before clipping; may be NULL */);
 void gpt_zero_gradients(gpt *model);
+
+/* Replaces values [count] by their sums over the workers. */
+fmoe_status gpt_sum(const gpt *model, float *values, int64_t count);
 
 /* Draws what follows tokens [T] from softmax(logits / temperature); temperature 0 takes the likeliest symbol. */
 fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperature, uint64_t *random, int32_t *next);
@@ -51,7 +61,8 @@ fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperat
 const tensor *gpt_tensors(const gpt *model, int *count);
 double gpt_parameters(const gpt *model, double *active /* by one token; may be NULL */);
 double gpt_flops_per_token(const gpt *model, int T); /* forward and backward, useful ones only: see gpt.c */
-fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out); /* of the latest forward, until its backward */
+/* Of this worker's tokens in the latest forward, until its backward. */
+fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out);
 
 double gpt_random(uint64_t *state); /* the next of a sequence of numbers in [0, 1) that the first state decides */
 #endif

@@ -208,7 +208,8 @@ void attention_backward(team *crew, int B, int T, int d, int H, const float *qkv
 
 /* ---- cross-entropy --------------------------------------------------------------------------- */
 typedef struct entropy_job {
-  int n, V, counted;
+  int n, V;
+  float counted;
   const int32_t *targets;
   float *logits, *losses;
 } entropy_job;
@@ -223,20 +224,19 @@ static void entropy_rows(const void *job, int index) {
       memset(logit, 0, (size_t)e->V * sizeof logit[0]);
       continue;
     }
-    float right = logit[target], sum = exponentials(logit, e->V, 1, &largest), part = 1 / (sum * (float)e->counted);
+    float right = logit[target], sum = exponentials(logit, e->V, 1, &largest), part = 1 / (sum * e->counted);
     e->losses[i] = logf(sum) + (largest - right);
     for (int j = 0; j < e->V; j++) logit[j] *= part;
-    logit[target] -= 1 / (float)e->counted;
+    logit[target] -= 1 / e->counted;
   }
 }
 
-double cross_entropy(team *crew, int n, int V, const int32_t *targets, float *logits, float *losses) {
-  entropy_job job = {n, V, 0, targets, logits, losses};
-  for (int i = 0; i < n; i++) job.counted += targets[i] >= 0;
+double cross_entropy(team *crew, int n, int V, const int32_t *targets, double counted, float *logits, float *losses) {
+  entropy_job job = {n, V, (float)counted, targets, logits, losses};
   team_run(crew, parts(n, ROWS), entropy_rows, &job);
   double sum = 0;
   for (int i = 0; i < n; i++) sum += losses[i];
-  return job.counted > 0 ? sum / job.counted : 0;
+  return counted > 0 ? sum / counted : 0;
 }
 
 /* ---- add ----------------------------------------------------------------------------------- */

@@ -32,9 +32,10 @@ void attention_forward(team *crew, int B, int T, int d, int H, const float *qkv,
 void attention_backward(team *crew, int B, int T, int d, int H, const float *qkv, const float *shares,
                         const float *grad_y, float *grad_shares, float *grad_qkv);
 
-/* Returns the mean of -log softmax(logits [n, V]) at the target, in nats, over the rows whose target [n] is not -1, and
- * turns the logits into its gradient: both are made of the same exponentials.  losses [n] takes the terms. */
-double cross_entropy(team *crew, int n, int V, const int32_t *targets, float *logits, float *losses);
+/* Returns the sum of -log softmax(logits [n, V]) at the target, in nats, over the rows whose target [n] is not -1,
+ * divided by `counted`, and turns the logits into its gradient: both are made of the same exponentials.  losses [n]
+ * takes the terms. */
+double cross_entropy(team *crew, int n, int V, const int32_t *targets, double counted, float *logits, float *losses);
 
 void add(team *crew, int64_t size, const float *x, float *y); /* y += x */
 #endif

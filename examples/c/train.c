@@ -1,0 +1,428 @@
+/* train.c: trains a GPT with mixture-of-experts layers on plain text and lets it write.
+ *
+ * All workers take the same steps with the same numbers; gpt.h shares the work out.  What one of them alone knows, the
+ * time and whether it was interrupted, decides nothing before all have heard of it. */
+#define _POSIX_C_SOURCE 200809L
+#include "train.h"
+
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "gpt.h"
+#include "text.h"
+
+/* ---- flags ------------------------------------------------------------------------------------- */
+static const char *const GATES[] = {"topk", "noisy", "switch", "gshard", "base", "topology", "hierarchical", NULL};
+static const char *const ACTIVATIONS[] = {"gelu", "gelu-tanh", "relu", "silu", "swiglu", NULL};
+static const char *const FOLDER = "/usr/share/common-licenses";
+
+static struct {
+  char **text;
+  int texts;
+  int steps, batch, context, layers, heads, width, hidden, experts, top_k, gate, activation;
+  int warmup, workers, threads, eval_every, sample;
+  double seconds, balance_loss, z_loss, rate, temperature;
+  uint64_t seed;
+  char *prompt, *log;
+} flags = {.batch = 8, .context = 128, .layers = 3, .heads = 4, .width = 128, .hidden = 256, .experts = 8,
+           .warmup = 30, .workers = 1, .eval_every = 250, .sample = 400, .balance_loss = 0.01, .z_loss = 0.001,
+           .rate = 0.003, .temperature = 0.8, .seed = 1};
+
+enum kind { TEXTS, WHOLE, NUMBER, SEED, WORDS, GATE, ACTIVATION };
+static const struct flag {
+  const char *name;
+  enum kind kind;
+  void *value;
+  double least; /* of a WHOLE or NUMBER */
+  const char *help;
+} LIST[] = {
+    {"text", TEXTS, &flags.text, 0, "FILE...     what to learn; default: the files in /usr/share/common-licenses"},
+    {"steps", WHOLE, &flags.steps, 0, "N          stop after N steps, a million at most; 0: no limit"},
+    {"seconds", NUMBER, &flags.seconds, 0, "S        stop after S seconds; 0: no limit, or 140 if --steps is 0 too"},
+    {"batch", WHOLE, &flags.batch, 1, "N          sequences in a step"},
+    {"context", WHOLE, &flags.context, 1, "N        characters in a sequence"},
+    {"layers", WHOLE, &flags.layers, 1, "N         blocks of attention and experts"},
+    {"heads", WHOLE, &flags.heads, 1, "N          of the attention; they divide the width"},
+    {"width", WHOLE, &flags.width, 1, "N          of the model"},
+    {"hidden", WHOLE, &flags.hidden, 1, "N         hidden width of an expert"},
+    {"experts", WHOLE, &flags.experts, 1, "N        in each layer"},
+    {"top-k", WHOLE, &flags.top_k, 0, "N          experts for each character; 0: what the gate is known for"},
+    {"gate", GATE, &flags.gate, 0, "NAME        topk noisy switch gshard base topology hierarchical"},
+    {"activation", ACTIVATION, &flags.activation, 0, "NAME  gelu gelu-tanh relu silu swiglu"},
+    {"balance-loss", NUMBER, &flags.balance_loss, 0, "X   coefficient of the experts' load-balancing loss"},
+    {"z-loss", NUMBER, &flags.z_loss, 0, "X         coefficient of the gate's z-loss"},
+    {"learning-rate", NUMBER, &flags.rate, 0, "X  its highest; it falls to a twentieth along half a cosine"},
+    {"warmup", WHOLE, &flags.warmup, 0, "N         steps in which it rises from zero"},
+    {"seed", SEED, &flags.seed, 0, "N           of initial weights, batches and the sample"},
+    {"workers", WHOLE, &flags.workers, 1, "N        share out --batch and --experts evenly among themselves"},
+    {"threads", WHOLE, &flags.threads, 0, "N        of each worker; 0: its share of the cores"},
+    {"eval-every", WHOLE, &flags.eval_every, 0, "N     steps between looks at the held-out text; 0: only at the end"},
+    {"sample", WHOLE, &flags.sample, 0, "N         characters to write at the end"},
+    {"prompt", WORDS, &flags.prompt, 0, "TEXT      to continue; default: the beginning of the held-out text"},
+    {"temperature", NUMBER, &flags.temperature, 0, "X    of the writing; 0: always the likeliest character"},
+    {"save-log", WORDS, &flags.log, 0, "FILE.csv  where the curve goes, see below"},
+};
+enum { FLAGS = sizeof LIST / sizeof LIST[0] };
+
+void train_excuse(int code, const char *error) {
+  if (code != 0) {
+    fprintf(stderr, "train_gpt: %s%s\n", error, code == 2 ? " (--help lists the flags)" : "");
+    return;
+  }
+  printf("Trains a GPT with mixture-of-experts layers on text, character by character.\n\n");
+  for (int i = 0; i < FLAGS; i++) {
+    printf("  --%s %s", LIST[i].name, LIST[i].help);
+    if (LIST[i].kind == WHOLE) printf(" [%d]", *(int *)LIST[i].value);
+    if (LIST[i].kind == NUMBER) printf(" [%g]", *(double *)LIST[i].value);
+    if (LIST[i].kind == SEED) printf(" [%llu]", (unsigned long long)flags.seed);
+    if (LIST[i].kind == GATE) printf(" [%s]", GATES[flags.gate]);
+    if (LIST[i].kind == ACTIVATION) printf(" [%s]", ACTIVATIONS[flags.activation]);
+    printf("\n");
+  }
+  printf("\nHeld out is the last tenth of every file; see text.h for what is done about quotations.  Ctrl-C ends\n"
+         "training early and cleanly.  The log has the columns step,seconds,tokens,loss,held_out_loss,balance and a\n"
+         "row for each step: tokens counts from the start, losses are in nats per character, held_out_loss is empty\n"
+         "where none was taken, balance is the load of the fullest expert over the mean load, averaged over layers.\n");
+}
+
+static int refuse(int code, char *error, const char *format, ...) { /* returns code */
+  va_list values;
+  va_start(values, format);
+  vsnprintf(error, TRAIN_ERROR, format, values);
+  va_end(values);
+  return code;
+}
+
+static int find(const char *const *names, const char *name) {
+  for (int i = 0; names[i]; i++)
+    if (strcmp(names[i], name) == 0) return i;
+  return -1;
+}
+
+/* The next three return -1, or what main shall return, with the reason in error. */
+static int set(const struct flag *flag, char *argument, char *error) {
+  char *end = argument;
+  if (flag->kind == WORDS) {
+    *(char **)flag->value = argument;
+  } else if (flag->kind == GATE || flag->kind == ACTIVATION) {
+    int index = find(flag->kind == GATE ? GATES : ACTIVATIONS, argument);
+    if (index < 0) return refuse(2, error, "--%s does not know %s", flag->name, argument);
+    *(int *)flag->value = index;
+  } else if (flag->kind == SEED) {
+    *(uint64_t *)flag->value = strtoull(argument, &end, 10);
+    if (end == argument || *end || *argument == '-')
+      return refuse(2, error, "--%s takes a whole number, not %s", flag->name, argument);
+  } else {
+    double number = strtod(argument, &end), most = flag->kind == WHOLE ? 1e6 : 1e300;
+    if (end == argument || *end || !(number >= flag->least && number <= most) ||
+        (flag->kind == WHOLE && number != floor(number)))
+      return refuse(2, error, flag->kind == WHOLE ? "--%s takes a whole number of its range, not %s"
+                                                  : "--%s takes 0 or more, not %s", flag->name, argument);
+    if (flag->kind == WHOLE)
+      *(int *)flag->value = (int)number;
+    else
+      *(double *)flag->value = number;
+  }
+  return -1;
+}
+
+static int read_flags(int count, char **arguments, char *error) {
+  for (int i = 1; i < count; i++) {
+    if (strcmp(arguments[i], "--help") == 0) return 0;
+    const struct flag *flag = NULL;
+    for (int f = 0; f < FLAGS && strncmp(arguments[i], "--", 2) == 0; f++)
+      if (strcmp(arguments[i] + 2, LIST[f].name) == 0) flag = &LIST[f];
+    if (!flag) return refuse(2, error, "%s is no flag", arguments[i]);
+    if (i + 1 == count) return refuse(2, error, "--%s needs a value", flag->name);
+    if (flag->kind != TEXTS) {
+      int code = set(flag, arguments[++i], error);
+      if (code >= 0) return code;
+      continue;
+    }
+    flags.text = arguments + i + 1;
+    for (flags.texts = 0; i + 1 < count && strncmp(arguments[i + 1], "--", 2) != 0; i++) flags.texts++;
+    if (flags.texts == 0) return refuse(2, error, "--%s needs a value", flag->name);
+  }
+  if (flags.prompt && !*flags.prompt) return refuse(2, error, "--prompt needs a character");
+  if (flags.batch % flags.workers != 0)
+    return refuse(2, error, "--batch: %d sequences cannot be shared out evenly among %d workers", flags.batch,
+                  flags.workers);
+  if (flags.experts % flags.workers != 0)
+    return refuse(2, error, "--experts: %d of them cannot be shared out evenly among %d workers", flags.experts,
+                  flags.workers);
+  if (flags.steps == 0 && flags.seconds == 0) flags.seconds = 140;
+  return -1;
+}
+
+/* ---- time and signals ---------------------------------------------------------------------------- */
+static volatile sig_atomic_t interrupted;
+
+static void interrupt(int signal) {
+  (void)signal;
+  interrupted = 1;
+}
+
+static void listen(void) { /* the first signal asks, the second ends the program as if nobody listened */
+  struct sigaction action = {.sa_handler = interrupt, .sa_flags = (int)SA_RESETHAND};
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, NULL);
+  sigaction(SIGTERM, &action, NULL);
+}
+
+static double now(void) { /* seconds */
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* ---- training -------------------------------------------------------------------------------------- */
+#define TRY(call)                                     \
+  do {                                                \
+    fmoe_status status_ = (call);                     \
+    if (status_ != FMOE_OK) return status_;           \
+  } while (0)
+
+static text learnt; /* by all workers of this process */
+
+/* What one worker's training needs, and how far it is. */
+typedef struct training {
+  const peers *peers;
+  gpt *model;
+  int32_t *tokens, *targets; /* [B, T] */
+  int32_t *line;             /* the prompt, and room for the sample behind it */
+  int prompt;                /* characters of the prompt */
+  int speaks;                /* rank 0 does */
+  FILE *log;
+  uint64_t random;
+  double start;
+  int step;
+  float spent;     /* of --seconds, 0 to 1, or 2 and more: somebody was interrupted; all workers agree */
+  double held_out; /* the latest held-out loss; NAN before the first */
+  const char *why; /* it failed; NULL: gpt_last_error() knows */
+} training;
+
+static void draw_batch(training *t) { /* B places in the training text */
+  int64_t T = flags.context, places = learnt.train_size - T;
+  for (int b = 0; b < flags.batch; b++) {
+    const int32_t *from = learnt.train + (int64_t)(gpt_random(&t->random) * (double)places);
+    memcpy(t->tokens + b * T, from, (size_t)T * sizeof from[0]);
+    memcpy(t->targets + b * T, from + 1, (size_t)T * sizeof from[0]);
+  }
+}
+
+/* The mean loss over the held-out text, in windows of T characters that overlap by half: but for the beginning, every
+ * character is guessed once, from T/2 or more before it. */
+static fmoe_status evaluate(training *t) {
+  int64_t size = learnt.held_out_size - 1, T = flags.context < size ? flags.context : size, done = 0;
+  double sum = 0;
+  while (done < size) {
+    int64_t before = done;
+    int B = 0;
+    for (; B < flags.batch && done < size; B++) {
+      int64_t first = done == 0 ? 0 : done - T / 2;
+      if (first > size - T) first = size - T;
+      memcpy(t->tokens + B * T, learnt.held_out + first, (size_t)T * sizeof t->tokens[0]);
+      for (int64_t i = 0; i < T; i++) t->targets[B * T + i] = first + i < done ? -1 : learnt.held_out[first + i + 1];
+      done = first + T;
+    }
+    gpt_loss loss;
+    TRY(gpt_forward(t->model, t->tokens, t->targets, B, (int)T, &loss));
+    sum += loss.mean * (double)(done - before);
+  }
+  t->held_out = sum / (double)size;
+  return FMOE_OK;
+}
+
+/* Workers on several hosts could have read several texts. */
+static fmoe_status compare_texts(training *t) {
+  uint32_t hash = 0;
+  for (int64_t i = 0; i < learnt.train_size; i++) hash = hash * 31 + (uint32_t)learnt.train[i];
+  for (int64_t i = 0; i < learnt.held_out_size; i++) hash = hash * 31 + (uint32_t)learnt.held_out[i];
+  float mine = (float)(hash >> 20), all = mine; /* 12 bits: sums are exact */
+  TRY(gpt_sum(t->model, &all, 1));
+  if (all == mine * (float)t->peers->size) return FMOE_OK;
+  t->why = "the workers have read different texts";
+  return FMOE_ERROR_DISAGREE;
+}
+
+/* Rank 0 has the clock, anybody may have been interrupted. */
+static fmoe_status agree_on_time(training *t) {
+  t->spent = t->speaks && flags.seconds > 0 ? (float)fmin((now() - t->start) / flags.seconds, 1) : 0;
+  if (interrupted) t->spent = 2;
+  return gpt_sum(t->model, &t->spent, 1);
+}
+
+static double progress(const training *t) { /* 0 to 1 */
+  double steps = flags.steps > 0 ? (double)t->step / flags.steps : 0;
+  return steps > t->spent ? steps : t->spent;
+}
+
+static double learning_rate(int step, double progress) {
+  double warm = step < flags.warmup ? (step + 1.0) / flags.warmup : 1;
+  return flags.rate * warm * (0.05 + 0.95 * 0.5 * (1 + cos(3.141592653589793 * progress)));
+}
+
+static const double DECAY = 1; /* strong: a short text is read a dozen times, and is not to be known by heart */
+
+static fmoe_status learn(training *t) {
+  int terminal = isatty(STDOUT_FILENO);
+  double flops = gpt_flops_per_token(t->model, flags.context), tokens = (double)flags.batch * flags.context;
+  double shown = t->start = now(), sum = 0, load = 0;
+  int since = 0; /* steps since the last line was shown */
+  char workers[32] = "";
+  if (t->peers->size > 1) snprintf(workers, sizeof workers, "  %d workers", t->peers->size);
+  for (int last = 0; !last;) {
+    gpt_loss loss;
+    adamw how = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .decay = DECAY, .clip = 1};
+    how.rate = learning_rate(t->step, progress(t));
+    draw_batch(t);
+    TRY(gpt_forward(t->model, t->tokens, t->targets, flags.batch, flags.context, &loss));
+    TRY(gpt_backward(t->model));
+    TRY(gpt_update(t->model, &how, NULL));
+    t->step++;
+    since++;
+    sum += loss.mean;
+    load += loss.load;
+
+    TRY(agree_on_time(t));
+    last = progress(t) >= 1;
+    int looks = last || (flags.eval_every > 0 && t->step % flags.eval_every == 0);
+    double time = now(); /* of a step, without looking at the held-out text */
+    if (looks) TRY(evaluate(t));
+    if (t->speaks && (looks || time - shown > (terminal ? 1 : 5))) {
+      double rate = since * tokens / (time - shown);
+      char held_out[16] = "  -  ";
+      if (!isnan(t->held_out)) snprintf(held_out, sizeof held_out, "%.3f", t->held_out);
+      printf("%sstep %5d  loss %.3f  held out %s  %5.1f k tokens/s  %4.0f GFLOP/s  balance %.2f%s  %4.0f s%s",
+             terminal ? "\r" : "", t->step, sum / since, held_out, rate / 1e3, rate * flops / 1e9, load / since,
+             workers, time - t->start, terminal && !looks ? "" : "\n");
+      fflush(stdout);
+      shown = now();
+      sum = load = since = 0;
+    }
+    if (t->log) {
+      fprintf(t->log, "%d,%.3f,%.0f,%.6f,", t->step, time - t->start, t->step * tokens, loss.mean);
+      if (looks) fprintf(t->log, "%.6f", t->held_out);
+      fprintf(t->log, ",%.4f\n", loss.load);
+    }
+  }
+  return FMOE_OK;
+}
+
+/* ---- before and after -------------------------------------------------------------------------------- */
+static void introduce(const training *t) {
+  double active, all = gpt_parameters(t->model, &active);
+  printf("text: %lld characters to learn, %lld held out, %lld left out as quotations; %d symbols\n",
+         (long long)learnt.train_size, (long long)learnt.held_out_size, (long long)learnt.left_out, learnt.vocab);
+  printf("model: %d layers of width %d with %d heads and %d experts of hidden width %d, context %d\n", flags.layers,
+         flags.width, flags.heads, flags.experts, flags.hidden, flags.context);
+  printf("parameters: %.2f million, %.2f million of them active for a character; %.1f Mflop per character\n", all / 1e6,
+         active / 1e6, gpt_flops_per_token(t->model, flags.context) / 1e6);
+  printf("to beat: %.3f nats per held-out character, its unigram entropy under the training part's frequencies\n\n",
+         text_unigram_entropy(&learnt));
+  fflush(stdout);
+}
+
+static fmoe_status write_sample(training *t) {
+  int length = t->prompt;
+  if (t->speaks) printf("\n--- the prompt, and after the bar what the model makes of it ---\n");
+  for (int i = 0; t->speaks && i < length; i++) putchar(learnt.byte_of[t->line[i]]);
+  if (t->speaks) putchar('|');
+  for (int i = 0; i < flags.sample; i++, length++) {
+    int seen = length < flags.context ? length : flags.context;
+    TRY(gpt_sample(t->model, t->line + length - seen, seen, flags.temperature, &t->random, &t->line[length]));
+    if (!t->speaks) continue;
+    putchar(learnt.byte_of[t->line[length]]);
+    fflush(stdout);
+  }
+  if (t->speaks) printf("\n---\n");
+  return FMOE_OK;
+}
+
+static fmoe_status run(training *t, int threads) {
+  gpt_config config = {.vocab = learnt.vocab, .context = flags.context, .batch = flags.batch, .layers = flags.layers,
+                       .heads = flags.heads, .width = flags.width, .hidden = flags.hidden, .experts = flags.experts,
+                       .top_k = flags.top_k, .gate = flags.gate, .activation = flags.activation,
+                       .balance_loss = flags.balance_loss, .z_loss = flags.z_loss, .seed = flags.seed,
+                       .threads = threads, .peers = t->peers};
+  TRY(gpt_create(&config, &t->model));
+  TRY(compare_texts(t));
+  if (t->speaks) introduce(t);
+  TRY(learn(t));
+  if (t->speaks)
+    printf("\n%s after %d steps and %.0f s: held-out loss %.3f nats per character; frequencies alone give %.3f\n",
+           t->spent >= 2 ? "interrupted" : "done", t->step, now() - t->start, t->held_out,
+           text_unigram_entropy(&learnt));
+  return flags.sample > 0 ? write_sample(t) : FMOE_OK;
+}
+
+/* Memory, prompt and log. */
+static fmoe_status prepare(training *t, char *error) {
+  size_t batch = (size_t)flags.batch * (size_t)flags.context * sizeof(int32_t);
+  enum { BEGINNING = 64 }; /* so much of the held-out text is the prompt, if there is no other */
+  t->prompt = flags.prompt ? (int)strlen(flags.prompt) : BEGINNING;
+  if (!flags.prompt && t->prompt > learnt.held_out_size) t->prompt = (int)learnt.held_out_size;
+  t->tokens = malloc(batch);
+  t->targets = malloc(batch);
+  t->line = malloc(((size_t)t->prompt + (size_t)flags.sample) * sizeof t->line[0]);
+  if (!t->tokens || !t->targets || !t->line)
+    return refuse(FMOE_ERROR_MEMORY, error, "no memory for %d times %d characters", flags.batch, flags.context);
+  for (int i = 0; i < t->prompt; i++)
+    t->line[i] = flags.prompt ? learnt.symbol_of[(unsigned char)flags.prompt[i]] : learnt.held_out[i];
+  while (!flags.prompt && t->prompt > 1 && learnt.byte_of[t->line[t->prompt - 1]] != ' ') t->prompt--; /* whole words */
+  if (!t->speaks || !flags.log) return FMOE_OK;
+  if (!(t->log = fopen(flags.log, "w"))) return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.log);
+  fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
+  return FMOE_OK;
+}
+
+fmoe_status train(const peers *with, int threads, char *error) {
+  training t = {.peers = with, .speaks = with->rank == 0, .random = flags.seed, .held_out = NAN};
+  fmoe_status status = prepare(&t, error);
+  if (status == FMOE_OK && (status = run(&t, threads)) != FMOE_OK)
+    refuse(status, error, "%s", t.why ? t.why : gpt_last_error());
+  if (t.log) fclose(t.log);
+  gpt_destroy(t.model);
+  free(t.line);
+  free(t.targets);
+  free(t.tokens);
+  return status;
+}
+
+/* ---- the process ------------------------------------------------------------------------------------- */
+static int read_text(char *error) {
+  char **paths = flags.text;
+  int count = flags.texts;
+  if (!paths && text_list(FOLDER, &paths, &count, error, TRAIN_ERROR) != 0) return 1;
+  int read = text_read(&learnt, paths, count, error, TRAIN_ERROR);
+  if (!flags.text) text_free_paths(paths, count);
+  if (read != 0) return 1;
+  if (learnt.train_size <= flags.context || learnt.held_out_size < 2)
+    return refuse(1, error, "%lld characters to learn are too few for a context of %d", (long long)learnt.train_size,
+                  flags.context);
+  for (int i = 0; flags.prompt && flags.prompt[i]; i++)
+    if (learnt.symbol_of[(unsigned char)flags.prompt[i]] < 0)
+      return refuse(1, error, "byte %d of the prompt occurs nowhere in the text", i);
+  return -1;
+}
+
+int train_prepare(int count, char **arguments, int *workers, int *threads, char *error) {
+  int launched = *workers;
+  if (launched > 0) flags.workers = launched;
+  int code = read_flags(count, arguments, error);
+  if (code < 0 && launched > 0 && flags.workers != launched)
+    code = refuse(2, error, "--workers %d, but %d processes were started", flags.workers, launched);
+  if (code < 0) code = read_text(error);
+  *workers = flags.workers;
+  *threads = flags.threads;
+  listen();
+  return code;
+}
+
+void train_end(void) { text_free(&learnt); }
