@@ -25,7 +25,8 @@ all: build
 
 # ---- what the system must have ------------------------------------------------------------------------------------
 APT_BUILD := libhwloc-dev pkg-config gcc g++ libc6-dev
-APT_TEST  := $(APT_BUILD) clang valgrind cmake libopenblas-dev
+APT_MPI   := libopenmpi-dev openmpi-bin libmpich-dev mpich
+APT_TEST  := $(APT_BUILD) clang valgrind cmake $(APT_MPI) iproute2
 APT_BENCH := $(APT_BUILD) libopenblas-dev
 apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
   if [ -n "$$missing" ]; then echo "installing:$$missing"; \
@@ -61,7 +62,7 @@ endef
 fill = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@RPATH@ *|$(4) |' \
   -e 's|@VERSION@|$(VERSION)|' -e 's|@SOVERSION@|$(SOVERSION)|'
 
-HEADERS := fastermoe.h fastermoe.hpp
+HEADERS := fastermoe.h fastermoe.hpp fastermoe_mpi.h
 CMAKE   := lib/cmake/FasterMoE
 install: build
 	$(call place,$(DESTDIR)$(PREFIX)/lib)
@@ -95,6 +96,9 @@ bench: packages-bench stage
 	gcc -std=gnu11 -O3 -march=native -Wall -Wextra Benchmarks/bench.c -o $(OUT)/bench \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe openblas) -Wl,-rpath,$(STAGE)/lib -lm -pthread
 	$(OUT)/bench $(BENCH)
+	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/workers.c -o $(OUT)/workers \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm -pthread
+	$(OUT)/workers --json $(OUT)/workers.json
 
 format:
 	$(SWIFT) format -i -r Sources Tests Package.swift
