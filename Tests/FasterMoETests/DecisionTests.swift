@@ -136,7 +136,8 @@ import Testing
     }
   }
 
-  @Test func blocksCoverEveryRowOnceLargestFirst() throws {
+  @Test(arguments: [false, true])
+  func blocksCoverEveryRowOnceLargestOrFirstRowsFirst(inOrder: Bool) throws {
     for counts in [
       [0, 0], [1], [576], [577], [1760, 3, 0, 12, 1200], Array(repeating: 5, count: 40), [5000, 700, 1153],
     ] {
@@ -145,14 +146,19 @@ import Testing
         let most = Block.mostBlocks(slots: choices.count, experts: counts.count)
         let blocks = UnsafeMutablePointer<Block>.allocate(capacity: most)
         defer { blocks.deallocate() }
-        let made = Block.cut(firstRow: routing.firstRow, experts: counts.count, into: blocks)
+        var latest = [Int32](repeating: -1, count: counts.count)
+        let made = Block.cut(
+          firstRow: routing.firstRow, experts: counts.count, inOrder: inOrder, into: blocks, behind: 0, latest: &latest)
         #expect(made <= most)
         var covered = [Int](repeating: 0, count: choices.count)
         var last: [Int32: Int] = [:]
         for index in 0..<made {
           let block = blocks[index]
           #expect(block.rows > 0 && Int(block.rows) <= Block.mostRows)
-          if index > 0 { #expect(Panels.count(Int(block.rows)) <= Panels.count(Int(blocks[index - 1].rows))) }
+          if index > 0, inOrder { #expect(block.row == blocks[index - 1].row + blocks[index - 1].rows) }
+          if index > 0, !inOrder {
+            #expect(Panels.count(Int(block.rows)) <= Panels.count(Int(blocks[index - 1].rows)))
+          }
           #expect((Int(block.row) - routing.firstRow[Int(block.expert)]) % Panels.height == 0, "a block begins a panel")
           #expect(Int(block.previous) == last[block.expert] ?? -1)
           if block.previous >= 0 { #expect(blocks[Int(block.previous)].row < block.row) }
@@ -163,6 +169,7 @@ import Testing
           }
         }
         #expect(covered.allSatisfy { $0 == 1 })
+        #expect(latest == (0..<Int32(counts.count)).map { Int32(last[$0] ?? -1) })
       }
     }
   }
@@ -207,31 +214,52 @@ import Testing
     return body(traffic)
   }
 
-  /// For each worker: as many rows come from each other one as that one sends; they stand by expert, then worker, then
-  /// in that worker's order, each once.
+  /// What one sends in a round, another one receives in it; each meets each in one round, and its own group in round 0.
+  @Test(arguments: [1, 2, 3, 5, 8])
+  func everyPairMeetsInOneRound(workers: Int) {
+    for groupSize in 1...workers + 1 {
+      let rounds = Rounds(order: Array((0..<workers).reversed()), groupSize: groupSize)
+      #expect(rounds.count == (workers + groupSize - 1) / groupSize)
+      for worker in 0..<workers {
+        #expect(rounds.sources(of: worker, in: 0).contains(worker))
+        #expect((0..<rounds.count).flatMap { rounds.sources(of: worker, in: $0) }.sorted() == Array(0..<workers))
+        for round in 0..<rounds.count {
+          for target in rounds.targets(of: worker, in: round) {
+            #expect(rounds.sources(of: target, in: round).contains(worker))
+          }
+        }
+      }
+    }
+  }
+
+  /// For each worker: as many rows come from each other one as that one sends; they stand by round, then by expert, then
+  /// by worker, then in that worker's order, each once.
   @Test func arrivalsAreWhatTheOthersSend() throws {
     var numbers = Numbers(12)
-    for (workers, each) in [(1, 3), (2, 1), (3, 2), (4, 4)] {
+    for (workers, each, groupSize) in [(1, 3, 1), (2, 1, 2), (3, 2, 1), (4, 4, 4), (5, 2, 2), (4, 3, 3)] {
       let experts = workers * each
       let counts = (0..<workers).map { _ in (0..<experts).map { _ in UInt32(max(0, numbers.below(12) - 4)) } }
+      let rounds = Rounds(order: Array(0..<workers), groupSize: groupSize)
       try Self.withTraffic(counts) { traffic in
         for worker in 0..<workers {
           let rows = traffic.rows(at: worker)
           var size = Arena()
-          _ = Arrivals(arena: &size, rows: rows, experts: each)
+          _ = Arrivals(arena: &size, rows: rows, experts: each, rounds: rounds.count)
           let region = try! Region(bytes: size.bytes, for: "a test")
           var arena = Arena(over: region.base)
-          let arrivals = Arrivals(arena: &arena, rows: rows, experts: each)
-          arrivals.sort(traffic, at: worker)
-          #expect(arrivals.firstRow[each] == rows)
+          let arrivals = Arrivals(arena: &arena, rows: rows, experts: each, rounds: rounds.count)
+          arrivals.sort(traffic, at: worker, rounds)
+          #expect(arrivals.firstRow[rounds.count * each] == rows)
           var expected: [[Int]] = []
           var places = [Int](repeating: 0, count: workers)
-          for expert in worker * each..<(worker + 1) * each {
-            #expect(arrivals.firstRow[expert - worker * each] == expected.count)
-            for source in 0..<workers {
-              for _ in 0..<counts[source][expert] {
-                expected.append([source, places[source]])
-                places[source] += 1
+          for round in 0..<rounds.count {
+            for expert in worker * each..<(worker + 1) * each {
+              #expect(arrivals.firstRow[round * each + expert - worker * each] == expected.count)
+              for source in rounds.sources(of: worker, in: round) {
+                for _ in 0..<counts[source][expert] {
+                  expected.append([source, places[source]])
+                  places[source] += 1
+                }
               }
             }
           }

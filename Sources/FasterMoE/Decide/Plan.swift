@@ -15,9 +15,6 @@ package struct PlanRequest {
     guard shadowing == .best || shadowing == .never else {
       throw Failure(.unsupported, "shadowing among several workers is not in this version yet: pass 0 or 1")
     }
-    guard schedule != .pairwise else {
-      throw Failure(.unsupported, "the pairwise schedule is not in this version yet: pass 0 or 1")
-    }
   }
 
   /// What must be equal on all ranks.

@@ -61,17 +61,20 @@ package struct Block {
   package static let mostRows = mostPanels * Panels.height
   private static let mostPanels = 48
 
-  /// Most blocks that `slots` rows over `experts` can make.
+  /// Most blocks that `slots` rows over `experts` can make, those of each round counted.
   package static func mostBlocks(slots: Int, experts: Int) -> Int { min(slots, experts) + slots / (mostRows / 3) + 1 }
 
-  /// Cuts every expert's rows into blocks of near-equal size, the largest first so that the last to finish are small.
+  /// Cuts every expert's rows, those of one round, into blocks of near-equal size.
   ///
-  /// Blocks of an expert differ by a panel at most and the larger come first, so they keep their order.
-  package static func cut(firstRow: UnsafeMutablePointer<Int>, experts: Int, into blocks: UnsafeMutablePointer<Block>)
-    -> Int
-  {
+  /// The largest come first, so that the last to finish are small; but if `inOrder`, the first rows do, so that those are
+  /// done first. Blocks of an expert differ by a panel at most and the larger come first, so they keep their order.
+  /// `blocks` are behind `made` others, of earlier rounds; `latest` [experts] the latest block of each expert, or -1.
+  package static func cut(
+    firstRow: UnsafeMutablePointer<Int>, experts: Int, inOrder: Bool, into blocks: UnsafeMutablePointer<Block>,
+    behind made: Int, latest: UnsafeMutablePointer<Int32>
+  ) -> Int {
     var places = InlineArray<50, Int>(repeating: 0)  // one more than mostPanels + 1
-    func visit(_ body: (_ expert: Int, _ row: Int, _ panels: Int, _ rows: Int, _ isFirst: Bool) -> Void) {
+    func visit(_ body: (_ expert: Int, _ row: Int, _ panels: Int, _ rows: Int) -> Void) {
       for expert in 0..<experts {
         var row = firstRow[expert]
         let end = firstRow[expert + 1]
@@ -81,21 +84,22 @@ package struct Block {
           // The first (panels mod parts) blocks are a panel larger.
           let high = panels / parts + (part < panels % parts ? 1 : 0)
           let rows = min(high * Panels.height, end - row)
-          body(expert, row, high, rows, part == 0)
+          body(expert, row, high, rows)
           row += rows
         }
       }
     }
-    visit { _, _, panels, _, _ in places[mostPanels - panels + 1] += 1 }
+    // All count as of one size where the order is that of rows.
+    func size(_ panels: Int) -> Int { inOrder ? 0 : mostPanels - panels }
+    visit { _, _, panels, _ in places[size(panels) + 1] += 1 }
     for size in 1..<places.count { places[size] += places[size - 1] }
     let count = places[places.count - 1]
-    var previous = -1
-    visit { expert, row, panels, rows, isFirst in
-      let place = places[mostPanels - panels]
-      places[mostPanels - panels] = place + 1
-      blocks[place] = Block(
-        expert: Int32(expert), row: Int32(row), rows: Int32(rows), previous: isFirst ? -1 : Int32(previous))
-      previous = place
+    visit { expert, row, panels, rows in
+      let place = places[size(panels)]
+      places[size(panels)] = place + 1
+      blocks[made + place] = Block(
+        expert: Int32(expert), row: Int32(row), rows: Int32(rows), previous: latest[expert])
+      latest[expert] = Int32(made + place)
     }
     return count
   }

@@ -4,13 +4,17 @@ import Synchronization
 extension PassContext {
   // MARK: Forward
 
-  /// Every row through its expert.
+  /// Every row through its expert, each as soon as it is here.
   func forward(blocks: Int) {
     let parts = rowTasks(blocks)
     while case let task = team.take(), task < blocks * parts {
       let block = inbox.blocks[task / parts]
       let rows = cut(block, task % parts, of: parts)
-      if !rows.isEmpty { forward(block, rows) }
+      if !rows.isEmpty, journey.wait(team, for: Int(block.row) + rows.lowerBound..<Int(block.row) + rows.upperBound) {
+        forward(block, rows)
+        journey.isDone()
+      }
+      inbox.rowTasksDone[task / parts].wrappingAdd(1, ordering: .releasing)
     }
   }
 
@@ -28,7 +32,7 @@ extension PassContext {
   private func forward(_ block: Block, _ rows: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = layer.expert(block)
-    let slot = workspace.slot(thread)
+    let slot = workspace.slot(thread, row: Int(block.row))
     let first = Int(block.row) + rows.lowerBound
     slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
     let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
@@ -55,28 +59,36 @@ extension PassContext {
 
   /// Gradients of rows, weights and routing weights.
   ///
-  /// Blocks go in order. Each has tasks that make its rows' gradients and, `ahead` blocks later, tasks that make its
-  /// weights' gradients from them. Tasks are taken in one order, so whoever waits, waits for a task already under way.
+  /// Blocks go in order. Each has tasks that make its rows' gradients and, `lag` blocks later, tasks that make its
+  /// weights' gradients from them. Tasks are taken in one order, so whoever waits, waits for a task already under way or
+  /// for rows that are on their way here.
   func backward(blocks: Int) {
     let rowTasks = rowTasks(blocks)
     let weightTasks = self.weightTasks
-    let ahead = workspace.slots - 1
+    let lag = workspace.lag(blocks)
     let perBlock = rowTasks + weightTasks
-    while case let task = team.take(), task < (blocks + ahead) * perBlock {
+    while case let task = team.take(), task < (blocks + lag) * perBlock {
       let (round, part) = task.quotientAndRemainder(dividingBy: perBlock)
       if part < rowTasks {
         guard round < blocks else { continue }
-        if round >= workspace.slots { wait(for: inbox.weightTasksDone + (round - workspace.slots), weightTasks) }
-        let rows = cut(inbox.blocks[round], part, of: rowTasks)
-        if !rows.isEmpty { backward(round, rows) }
+        if round > lag { wait(for: inbox.weightTasksDone + (round - lag - 1), weightTasks) }
+        let block = inbox.blocks[round]
+        let rows = cut(block, part, of: rowTasks)
+        if !rows.isEmpty, journey.wait(team, for: Int(block.row) + rows.lowerBound..<Int(block.row) + rows.upperBound) {
+          backward(round, rows)
+          journey.isDone()
+        }
         inbox.rowTasksDone[round].wrappingAdd(1, ordering: .releasing)
       } else {
-        let index = round - ahead
+        let index = round - lag
         guard index >= 0 else { continue }
         let block = inbox.blocks[index]
         wait(for: inbox.rowTasksDone + index, rowTasks)
         if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), weightTasks) }
-        addWeightGradients(index, part - rowTasks)
+        if journey.begin() {
+          addWeightGradients(index, part - rowTasks)
+          journey.isDone()
+        }
         inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
       }
     }
@@ -102,7 +114,7 @@ extension PassContext {
     let (d, h) = (shape.model, shape.hidden)
     let block = inbox.blocks[index]
     let expert = layer.expert(block)
-    let slot = workspace.slot(index)
+    let slot = workspace.slot(index, row: Int(block.row))
     let first = Int(block.row) + rows.lowerBound
     let scales = slot.scales + rows.lowerBound
     slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokenRow(first + $0) }
@@ -165,7 +177,7 @@ extension PassContext {
     let block = inbox.blocks[index]
     let grads = layer.expertGradients(block)
     let share = 1 / Float(layer.group.size)
-    let slot = workspace.slot(index)
+    let slot = workspace.slot(index, row: Int(block.row))
     let rows = Int(block.rows)
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
       piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
@@ -190,9 +202,10 @@ extension PassContext {
   // MARK: Cutting the work
 
   /// Into how many tasks a block's rows are cut: few, since each task packs the expert's weights again.
-  private func rowTasks(_ blocks: Int) -> Int {
-    team.threads == 1 || blocks == 0 ? 1 : max(1, (8 * team.threads + blocks - 1) / blocks)
+  static func rowTasks(_ blocks: Int, threads: Int) -> Int {
+    threads == 1 || blocks == 0 ? 1 : max(1, (8 * threads + blocks - 1) / blocks)
   }
+  private func rowTasks(_ blocks: Int) -> Int { PassContext.rowTasks(blocks, threads: team.threads) }
 
   /// Rows of part `part` of `block`, whole panels except at its end.
   private func cut(_ block: Block, _ part: Int, of parts: Int) -> Range<Int> {

@@ -158,7 +158,7 @@ package final class Layer {
   private func begin(_ tokens: UnsafePointer<Float>?, _ n: Int) throws(Failure) -> Pass {
     guard n >= 0 else { throw Failure(.argument, "n must not be negative, not \(n)") }
     guard n == 0 || tokens != nil else { throw Failure(.argument, "tokens is NULL, but n is \(n)") }
-    let pass = idle.popLast() ?? Pass(team: group.team)
+    let pass = idle.popLast() ?? Pass(team: group.team, workers: group.size)
     do throws(Failure) {
       try pass.begin(in: self, tokens, n)
     } catch {
@@ -173,10 +173,11 @@ package final class Layer {
     if !pass.isEntangled { idle.append(pass) }
   }
 
-  func workspace() throws(Failure) -> Workspace {
+  func workspace(_ slots: Workspace.Slots = .ring) throws(Failure) -> Workspace {
     let threads = group.team.threads
     return Workspace(
-      shape, threads: threads, over: try group.workspace(bytes: Workspace(shape, threads: threads).bytes))
+      shape, threads: threads, slots,
+      over: try group.workspace(bytes: Workspace(shape, threads: threads, slots).bytes))
   }
 
   private static func tensors(_ block: borrowing Parameters) -> Tensors {

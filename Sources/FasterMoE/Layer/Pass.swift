@@ -28,6 +28,9 @@ package final class Pass: TeamWork {
   private var inbox: Inbox!
   private var workspace: Workspace!
   private var blocks = 0
+  private var request = PlanRequest()
+  private var rounds: Rounds!
+  private let journey: Journey
   private var number = 0
   private var tokensOfAll = 0
   private var job = Job.gate
@@ -75,6 +78,10 @@ package final class Pass: TeamWork {
     /// The linear half of gated experts.
     let innerLinear: Panels
     let blocks: UnsafeMutablePointer<Block>
+    /// [rounds + 1] the first block of each round.
+    let roundBlocks: UnsafeMutablePointer<Int>
+    /// [e] scratch for cutting: the latest block of each expert.
+    let latest: UnsafeMutablePointer<Int32>
     /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
     let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
     let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
@@ -84,15 +91,19 @@ package final class Pass: TeamWork {
     /// outputs, and what goes back to them. And what goes out of this worker's rows.
     let tokens, grads, results, outgoing: UnsafeMutablePointer<Float>
 
-    init(_ shape: Shape, _ traffic: Traffic, at worker: Int, overWire: Bool, _ arena: inout Arena) {
+    init(
+      _ shape: Shape, _ traffic: Traffic, _ rounds: Rounds, at worker: Int, overWire: Bool, _ arena: inout Arena
+    ) {
       let rows = traffic.rows(at: worker)
       let experts = traffic.owned(by: worker).count
-      let most = Block.mostBlocks(slots: rows, experts: experts)
-      arrivals = Arrivals(arena: &arena, rows: rows, experts: experts)
+      let most = Block.mostBlocks(slots: rows, experts: rounds.count * experts)
+      arrivals = Arrivals(arena: &arena, rows: rows, experts: experts, rounds: rounds.count)
       inner = Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden)
       innerLinear = Panels(
         arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
       blocks = arena.take(most)
+      roundBlocks = arena.take(rounds.count + 1)
+      latest = arena.take(experts)
       rowTasksDone = arena.take(most)
       weightTasksDone = arena.take(most)
       sources = arena.take(traffic.workers)
@@ -106,7 +117,10 @@ package final class Pass: TeamWork {
     }
   }
 
-  init(team: Team) { self.team = team }
+  init(team: Team, workers: Int) {
+    self.team = team
+    journey = Journey(workers: workers)
+  }
 
   deinit {
     // What a failed transport may still write to is never given back.
@@ -147,6 +161,7 @@ package final class Pass: TeamWork {
     count = n
     stage = .gated
     (isGated, balanceLoss, zLoss) = (false, 0, 0)
+    request = PlanRequest()
   }
 
   func gate() {
@@ -219,6 +234,7 @@ package final class Pass: TeamWork {
     if (0..<peers.size).contains(where: { all[$0].words[0] != 0 }) {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
     }
+    self.request = asked!
     stage = .planned
     return report
   }
@@ -236,8 +252,7 @@ package final class Pass: TeamWork {
     let all = try group.agree(.forward, own, same: same(), words: addresses)
     self.output = output
     lookAround(all)
-    blocks = Block.cut(
-      firstRow: inbox.arrivals.firstRow, experts: layer!.owned.count, into: inbox.blocks)
+    cutBlocks()
     try throughExperts(send: .send, arriving: inbox.tokens, compute: .expertsForward)
     run(.combineForward, count)
     stage = .forwarded
@@ -260,15 +275,13 @@ package final class Pass: TeamWork {
         throw Failure(
           .argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
       }
-      workspace = try layer!.workspace()
+      // While rows travel, all gradients of rows are made before those of weights, so that they can travel soon.
+      workspace = try layer!.workspace(isOverlapped ? .rows(arrivedRows) : .ring)
     }
     self.gradOutput = gradOutput
     self.gradTokens = gradTokens
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
-    for block in 0..<blocks {
-      (inbox.rowTasksDone + block).initialize(to: Atomic(0))
-      (inbox.weightTasksDone + block).initialize(to: Atomic(0))
-    }
+    clearTasks()
     try throughExperts(send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     run(.combineBackward, count)
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
@@ -291,11 +304,51 @@ package final class Pass: TeamWork {
     ]
   }
 
+  /// Whether rows travel while experts compute.
+  private var isOverlapped: Bool { !group.peers.shareMemory && group.size > 1 && request.schedule != .coarse }
+
+  /// Rows that come to this worker's experts.
+  private var arrivedRows: Int { inbox.arrivals.firstRow[rounds.count * layer!.owned.count] }
+
+  /// In which rounds rows go to their experts. All ranks find the same.
+  private func chooseRounds() -> Rounds {
+    guard isOverlapped else { return Rounds(order: group.ranks, groupSize: group.size) }
+    if request.groupSize > 0 { return Rounds(order: group.leaves, groupSize: request.groupSize) }
+    // So many workers at a time that an expert has rows enough in each round to be worth its weights' way to the core.
+    let all = (0..<group.size).reduce(0) { $0 + store.traffic.rows(at: $1) }
+    let usual = max(1, all / (group.size * shape.experts))
+    return Rounds(order: group.leaves, groupSize: (Pass.rowsWorthTheirWeights + usual - 1) / usual)
+  }
+  private static var rowsWorthTheirWeights: Int { 4 * Panels.height }
+
+  /// Cuts the rows of each round into blocks.
+  private func cutBlocks() {
+    let experts = layer!.owned.count
+    inbox.latest.update(repeating: -1, count: experts)
+    blocks = 0
+    for round in 0..<rounds.count {
+      inbox.roundBlocks[round] = blocks
+      blocks += Block.cut(
+        firstRow: inbox.arrivals.firstRow + round * experts, experts: experts, inOrder: isOverlapped,
+        into: inbox.blocks, behind: blocks, latest: inbox.latest)
+    }
+    inbox.roundBlocks[rounds.count] = blocks
+    clearTasks()
+  }
+
+  private func clearTasks() {
+    for block in 0..<blocks {
+      (inbox.rowTasksDone + block).initialize(to: Atomic(0))
+      (inbox.weightTasksDone + block).initialize(to: Atomic(0))
+    }
+  }
+
   /// Room for the rows that will come to this worker's experts, and their list.
   private func openInbox() throws(Failure) {
     let overWire = !group.peers.shareMemory
+    rounds = chooseRounds()
     var size = Arena()
-    _ = Inbox(shape, store.traffic, at: group.rank, overWire: overWire, &size)
+    _ = Inbox(shape, store.traffic, rounds, at: group.rank, overWire: overWire, &size)
     if Pass.capacity(inboxMemory) < size.bytes {
       inboxMemory = nil
       // The share of a worker among several differs from batch to batch: some room saves asking again.
@@ -303,8 +356,8 @@ package final class Pass: TeamWork {
       inboxMemory = try Region(bytes: size.bytes + room, for: "the rows of a worker's experts")
     }
     var arena = Arena(over: Pass.base(inboxMemory))
-    inbox = Inbox(shape, store.traffic, at: group.rank, overWire: overWire, &arena)
-    inbox.arrivals.sort(store.traffic, at: group.rank)
+    inbox = Inbox(shape, store.traffic, rounds, at: group.rank, overWire: overWire, &arena)
+    inbox.arrivals.sort(store.traffic, at: group.rank, rounds)
   }
 
   /// Finds the rows of all workers: in their own memory, or in what came from them over the transport.
@@ -327,52 +380,103 @@ package final class Pass: TeamWork {
 
   /// Rows to their experts, through them, and back.
   ///
-  /// Where workers share memory, experts read and write rows where they stand. Over a transport rows are packed, sent,
-  /// computed and sent back, one after the other.
+  /// Where workers share memory, experts read and write rows where they stand. Over a transport rows are packed and sent,
+  /// computed and sent back: coarsely one after the other, or else each as soon as it can.
   private func throughExperts(send: Job, arriving: UnsafeMutablePointer<Float>, compute: Job) throws(Failure) {
-    let arrived = inbox.arrivals.firstRow[layer!.owned.count]
     guard let peers = group.peers as? WirePeers else {
-      run(compute, arrived)
+      run(compute, arrivedRows)
       return try group.peers.meet()
     }
     do throws(Failure) {
       run(send, count)
-      try exchange(peers, from: inbox.outgoing, to: arriving)
-      run(compute, arrived)
-      try exchangeBack(peers)
+      if isOverlapped {
+        for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: round, tagged: true) }
+        for round in 0..<rounds.count { addReturns(peers, round, step: rounds.count + round, tagged: true) }
+        try moveWhileComputing(peers.wire, compute)
+      } else {
+        for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: 0, tagged: false) }
+        try peers.wire.run()
+        run(compute, arrivedRows)
+        for round in 0..<rounds.count { addReturns(peers, round, step: 0, tagged: false) }
+        try peers.wire.run()
+      }
     } catch {
       isEntangled = group.isEntangled
       throw error
     }
   }
 
-  private func exchange(
-    _ peers: WirePeers, from outgoing: UnsafeMutablePointer<Float>, to arriving: UnsafeMutablePointer<Float>
-  ) throws(Failure) {
+  private func moveWhileComputing(_ wire: Wire, _ compute: Job) throws(Failure) {
+    journey.begin(
+      inbox, rounds, at: group.rank, parts: PassContext.rowTasks(blocks, threads: team.threads),
+      rowBytes: shape.model * MemoryLayout<Float>.stride)
+    job = compute
+    if blocks > 0 { team.begin(self) }
+    defer {
+      if blocks > 0 { team.finish() }
+      journey.end()
+    }
+    do throws(Failure) {
+      try wire.run(journey)
+    } catch {
+      journey.cut()
+      throw error
+    }
+  }
+
+  /// Rows of this worker to the experts of others, and of others to its own.
+  private func addArrivals(
+    _ peers: WirePeers, _ round: Int, _ arriving: UnsafeMutablePointer<Float>, step: Int, tagged: Bool
+  ) {
+    let (sources, targets) = partners(round)
     peers.forEachOther { peer in
+      guard sources.contains(peer) else { return }
       receive(
-        peers, arriving + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer)
-      send(peers, outgoing + leavingBefore(peer) * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer)
+        peers, arriving + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer,
+        step,
+        tag: tagged ? peer : -1)
     }
-    try peers.wire.run()
-  }
-
-  private func exchangeBack(_ peers: WirePeers) throws(Failure) {
     peers.forEachOther { peer in
-      let first = store.routing.firstRow[store.traffic.owned(by: peer).lowerBound]
-      receive(peers, store.rows + first * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer)
+      guard targets.contains(peer) else { return }
       send(
-        peers, inbox.results + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer)
+        peers, inbox.outgoing + leavingBefore(peer) * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer,
+        step, tag: -1)
     }
-    try peers.wire.run()
   }
 
-  private func receive(_ peers: WirePeers, _ to: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int) {
-    if rows > 0 { peers.wire.receive(to, rows * shape.model * MemoryLayout<Float>.stride, from: peer) }
+  /// What became of them, the same way back.
+  private func addReturns(_ peers: WirePeers, _ round: Int, step: Int, tagged: Bool) {
+    let (sources, targets) = partners(round)
+    peers.forEachOther { peer in
+      guard targets.contains(peer) else { return }
+      let first = store.routing.firstRow[store.traffic.owned(by: peer).lowerBound]
+      receive(
+        peers, store.rows + first * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer, step, tag: -1)
+    }
+    peers.forEachOther { peer in
+      guard sources.contains(peer) else { return }
+      send(
+        peers, inbox.results + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer,
+        step, tag: tagged ? peer : -1)
+    }
   }
 
-  private func send(_ peers: WirePeers, _ from: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int) {
-    if rows > 0 { peers.wire.send(from, rows * shape.model * MemoryLayout<Float>.stride, to: peer) }
+  private func partners(_ round: Int) -> (sources: ArraySlice<Int>, targets: ArraySlice<Int>) {
+    (rounds.sources(of: group.rank, in: round), rounds.targets(of: group.rank, in: round))
+  }
+
+  private func receive(
+    _ peers: WirePeers, _ to: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int
+  ) {
+    guard rows > 0 else { return }
+    peers.wire.receive(to, rows * shape.model * MemoryLayout<Float>.stride, from: peer, step: step, tag: tag)
+  }
+
+  private func send(
+    _ peers: WirePeers, _ from: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int
+  ) {
+    guard rows > 0 else { return }
+    peers.wire.send(from, rows * shape.model * MemoryLayout<Float>.stride, to: peer, step: step, tag: tag)
   }
 
   /// Rows that come from workers before `peer`.
@@ -408,8 +512,8 @@ package final class Pass: TeamWork {
   package override func work(thread: Int) {
     let layer = layer!
     let context = PassContext(
-      thread: thread, team: team, layer: layer, store: store, inbox: inbox, workspace: workspace,
-      desk: workspace.desk(thread), tokens: tokens, count: count)
+      thread: thread, team: team, layer: layer, store: store, inbox: inbox, journey: journey,
+      workspace: workspace, desk: workspace.desk(thread), tokens: tokens, count: count)
     switch job {
     case .gate: context.chooseExperts()
     case .send: context.packTokens()
@@ -506,6 +610,7 @@ struct PassContext {
   let store: Pass.Store
   /// There from forward on.
   let inbox: Pass.Inbox!
+  let journey: Journey
   let workspace: Workspace
   let desk: Workspace.Desk
   /// [n, d]; nil only where n is 0.

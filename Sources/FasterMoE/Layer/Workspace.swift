@@ -40,37 +40,67 @@ struct Workspace {
   static let gateRows = 20 * Panels.height
   static let gateColumns = 48
 
+  /// How the blocks under way share memory: one slot a block in a ring of them, or, if all blocks are under way at once,
+  /// so many rows, each block at its own.
+  enum Slots { case ring, rows(Int) }
+
   private let shape: Shape
   private let base: UnsafeMutableRawPointer?
   private let deskBytes: Int
   private let slotBytes: Int
   private let threads: Int
-  /// Blocks that may be under way at once.
-  let slots: Int
+  let slots: Slots
 
-  init(_ shape: Shape, threads: Int, over base: UnsafeMutableRawPointer? = nil) {
+  init(_ shape: Shape, threads: Int, _ slots: Slots = .ring, over base: UnsafeMutableRawPointer? = nil) {
     self.shape = shape
     self.threads = threads
     self.base = base
-    slots = threads
+    self.slots = slots
     var arena = Arena()
     _ = Workspace.desk(shape, &arena)
     deskBytes = arena.bytes
     arena = Arena()
-    _ = Workspace.slot(shape, &arena)
+    switch slots {
+    case .ring: _ = Workspace.slot(shape, rows: Block.mostRows, &arena)
+    case .rows(let rows): _ = Workspace.slot(shape, rows: rows, &arena)
+    }
     slotBytes = arena.bytes
   }
 
-  var bytes: Int { threads * deskBytes + slots * slotBytes }
+  var bytes: Int {
+    switch slots {
+    case .ring: threads * (deskBytes + slotBytes)
+    case .rows: threads * deskBytes + slotBytes
+    }
+  }
+
+  /// How many blocks a block's weight tasks stay behind its row tasks, of `blocks`.
+  func lag(_ blocks: Int) -> Int {
+    switch slots {
+    case .ring: threads - 1
+    case .rows: blocks
+    }
+  }
 
   func desk(_ thread: Int) -> Desk {
     var arena = Arena(over: base! + thread * deskBytes)
     return Workspace.desk(shape, &arena)
   }
 
-  func slot(_ index: Int) -> Slot {
-    var arena = Arena(over: base! + threads * deskBytes + index % slots * slotBytes)
-    return Workspace.slot(shape, &arena)
+  /// The slot of block `index`, whose first row is `row`.
+  func slot(_ index: Int, row: Int) -> Slot {
+    let slots = base! + threads * deskBytes
+    switch self.slots {
+    case .ring:
+      var arena = Arena(over: slots + index % threads * slotBytes)
+      return Workspace.slot(shape, rows: Block.mostRows, &arena)
+    case .rows(let rows):
+      var arena = Arena(over: slots)
+      let all = Workspace.slot(shape, rows: rows, &arena)
+      return Slot(
+        tokens: all.tokens.from(row), grads: all.grads.from(row), hidden: all.hidden.from(row), scales: all.scales + row
+      )
+    }
   }
 
   private static func desk(_ shape: Shape, _ arena: inout Arena) -> Desk {
@@ -85,11 +115,10 @@ struct Workspace {
       probabilities: arena.take(experts), gradLogits: arena.take(experts), rowSums: arena.take(Block.mostRows * 16))
   }
 
-  private static func slot(_ shape: Shape, _ arena: inout Arena) -> Slot {
-    let model = Block.mostRows * Panels.padded(shape.model)
+  private static func slot(_ shape: Shape, rows: Int, _ arena: inout Arena) -> Slot {
+    let model = rows * Panels.padded(shape.model)
     return Slot(
       tokens: Panels(arena.take(model), width: shape.model), grads: Panels(arena.take(model), width: shape.model),
-      hidden: Panels(arena.take(Block.mostRows * Panels.padded(shape.hidden)), width: shape.hidden),
-      scales: arena.take(Block.mostRows))
+      hidden: Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden), scales: arena.take(rows))
   }
 }

@@ -105,13 +105,23 @@ package final class WirePeers: Peers {
       space.update(from: values, count: count)
       wire.send(space, count * 4, to: after)
     } else {
-      let source = wire.receive(space, count * 4, from: before) { at, bytes in
-        add(values + at / 4, to: space + at / 4, count: bytes / 4)
-      }
+      let source = wire.receive(space, count * 4, from: before, tag: 0)
       if rank != root { wire.send(space, count * 4, to: after, following: source) }
     }
-    try wire.run()
+    try wire.run(Adding(values, to: space))
     if rank == root { values.update(from: space, count: count) }
+  }
+
+  /// Adds a rank's own values to the sums that pass through it.
+  private final class Adding: Freight {
+    private let values: UnsafePointer<Float>
+    private let sums: UnsafeMutablePointer<Float>
+    init(_ values: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>) {
+      (self.values, self.sums) = (values, sums)
+    }
+    func ready(_ tag: Int) -> Int { 0 }
+    func arrived(_ tag: Int, at: Int, bytes: Int) { add(values + at / 4, to: sums + at / 4, count: bytes / 4) }
+    var isBusy: Bool { false }
   }
 
   /// The ranks before and behind this one on the chain, which is a ring here: it is cut where a root says.

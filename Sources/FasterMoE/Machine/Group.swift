@@ -17,14 +17,16 @@ package final class Group {
   package let peers: any Peers
   package let topology: Topology
   package let team: Team
-  /// Where all ranks run.
-  package let places: Places
   private var workspace: Region?
   /// [W] how fast each worker computes, once that was measured.
   private let measuredRates: UnsafeMutablePointer<ComputeRates>
   private var haveMeasuredRates = false
   private let notices: UnsafeMutablePointer<Notice>
   private let lock: UnsafeMutablePointer<pthread_mutex_t>
+  /// Ranks by place: neighbours are near each other.
+  package let leaves: [Int]
+  /// Ranks by number.
+  package let ranks: [Int]
   /// Layers made so far, the same number on all ranks.
   package var layers = 0
 
@@ -73,7 +75,8 @@ package final class Group {
   private init(_ peers: any Peers, _ options: Options, _ topology: Topology, _ places: Places) throws(Failure) {
     self.peers = peers
     self.topology = topology
-    self.places = places
+    leaves = places.leaves
+    ranks = Array(0..<peers.size)
     let sharing = places.sharing(of: peers.rank)
     let share = sharing.isAlike ? topology.share(of: sharing.index, among: sharing.count) : 0..<0
     let fair = share.isEmpty ? topology.cores.count / sharing.count : share.count

@@ -56,9 +56,18 @@ package final class Team {
 
   /// Has every thread call `work.work(thread:)` and returns when all are done. Not from inside a job.
   package func run(_ work: TeamWork) {
-    next.store(0, ordering: .relaxed)
-    withExtendedLifetime(work) { signal.post(.passUnretained(work), to: threads) }
+    begin(work)
+    finish()
   }
+
+  /// Has every thread begin `work`, which the caller keeps until `finish` has returned.
+  package func begin(_ work: TeamWork) {
+    next.store(0, ordering: .relaxed)
+    signal.post(.passUnretained(work), to: threads)
+  }
+
+  /// Returns when all threads are done.
+  package func finish() { signal.wait() }
 
   /// The next task number of the running job: 0, 1, 2… over all threads.
   @inline(__always) package func take() -> Int { next.wrappingAdd(1, ordering: .relaxed).oldValue }
@@ -115,7 +124,7 @@ private final class Signal: @unchecked Sendable {
   private let done = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
   private var jobs = 0
   private var unfinished = 0
-  /// Not retained: a thread that let go of the last reference would end its own team. `run` holds one until all are done.
+  /// Not retained: a thread that let go of the last reference would end its own team. The caller holds one until all are done.
   private var work: Unmanaged<TeamWork>?
 
   init() throws(Failure) {
@@ -135,17 +144,21 @@ private final class Signal: @unchecked Sendable {
     mutex.deallocate()
   }
 
-  /// Wakes the threads with `work`, nil to send them home; with work it returns when `threads` have finished.
+  /// Wakes the threads with `work`, nil to send them home.
   func post(_ work: Unmanaged<TeamWork>?, to threads: Int) {
     pthread_mutex_lock(mutex)
     self.work = work
     jobs += 1
     unfinished = threads
     pthread_cond_broadcast(posted)
-    if work != nil {
-      while unfinished > 0 { pthread_cond_wait(done, mutex) }
-      self.work = nil
-    }
+    pthread_mutex_unlock(mutex)
+  }
+
+  /// Sleeps until all threads have finished.
+  func wait() {
+    pthread_mutex_lock(mutex)
+    while unfinished > 0 { pthread_cond_wait(done, mutex) }
+    work = nil
     pthread_mutex_unlock(mutex)
   }
 

@@ -1,5 +1,16 @@
 import Glibc
 
+/// Who fills and uses the memory that a wire carries while it is on its way. Streams are known by the tags that they were
+/// given, 0 or more.
+package protocol Freight: AnyObject {
+  /// How many bytes of a stream that goes out are there to be sent by now.
+  func ready(_ tag: Int) -> Int
+  /// The next `bytes` bytes of a stream that comes in, from `at` on, are here.
+  func arrived(_ tag: Int, at: Int, bytes: Int)
+  /// Whether somebody here is at work on what came or on what shall go, so that nobody else is to blame for the wait.
+  var isBusy: Bool { get }
+}
+
 /// Moves large volumes between ranks over a transport: cut in pieces, several under way to every peer at once.
 ///
 /// Only the thread that calls `run` talks to the transport. It polls, and sleeps when nothing moves, so that the cores
@@ -17,10 +28,12 @@ package final class Wire {
     let receiving: Bool
     let base: UnsafeMutableRawPointer
     let bytes: Int
-    /// The stream that brings the bytes which this one passes on, or -1: they are all there.
+    /// Its tag for the freight, or -1: all bytes are there, and nobody asks when they have come.
+    let tag: Int
+    /// Streams of one direction begin in the order of their steps.
+    let step: Int
+    /// The stream that brings the bytes which this one passes on, or -1.
     let source: Int
-    /// What is done to each arrived piece, by its place and size, before a stream passes it on.
-    let arrived: ((Int, Int) -> Void)?
     var started = 0
     var moved = 0
     /// Requests under way, oldest first, in a ring.
@@ -36,6 +49,7 @@ package final class Wire {
   private let capacity: Int
   private let streams: UnsafeMutablePointer<Stream>
   private var count = 0
+  private var freight: (any Freight)?
   /// Why nothing can move any more.
   package private(set) var failure: Failure?
   /// Whether the transport may still touch memory that it was given.
@@ -48,7 +62,7 @@ package final class Wire {
     self.timeout = timeout
     // Some eight pieces in all keep a link busy; more only wait in the system's buffers.
     window = max(2, min(Wire.mostUnderWay - 2, 8 / max(1, transport.size - 1)))
-    capacity = 2 * transport.size
+    capacity = 4 * transport.size
     streams = .allocate(capacity: capacity)
   }
 
@@ -57,32 +71,38 @@ package final class Wire {
     streams.deallocate()
   }
 
-  package func send(_ bytes: UnsafeRawPointer, _ count: Int, to peer: Int, following source: Int = -1) {
-    add(UnsafeMutableRawPointer(mutating: bytes), count, peer, receiving: false, source, nil)
+  /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
+  /// before are under way. So both ends agree which message meets which, if they agree about the steps.
+  package func send(
+    _ bytes: UnsafeRawPointer, _ count: Int, to peer: Int, following source: Int = -1, step: Int = 0, tag: Int = -1
+  ) {
+    add(UnsafeMutableRawPointer(mutating: bytes), count, peer, receiving: false, source, step, tag)
   }
 
-  /// Returns the stream's number, for `following`.
+  /// Adds a stream from `peer`; returns its number, for `following`.
   @discardableResult
   package func receive(
-    _ bytes: UnsafeMutableRawPointer, _ count: Int, from peer: Int, arrived: ((Int, Int) -> Void)? = nil
+    _ bytes: UnsafeMutableRawPointer, _ count: Int, from peer: Int, step: Int = 0, tag: Int = -1
   ) -> Int {
-    add(bytes, count, peer, receiving: true, -1, arrived)
+    add(bytes, count, peer, receiving: true, -1, step, tag)
     return self.count - 1
   }
 
   private func add(
-    _ bytes: UnsafeMutableRawPointer, _ count: Int, _ peer: Int, receiving: Bool, _ source: Int,
-    _ arrived: ((Int, Int) -> Void)?
+    _ bytes: UnsafeMutableRawPointer, _ count: Int, _ peer: Int, receiving: Bool, _ source: Int, _ step: Int,
+    _ tag: Int
   ) {
-    precondition(self.count < capacity, "two streams a peer")
+    precondition(self.count < capacity, "two streams a peer and direction")
     (streams + self.count).initialize(
-      to: Stream(peer: peer, receiving: receiving, base: bytes, bytes: count, source: source, arrived: arrived))
+      to: Stream(peer: peer, receiving: receiving, base: bytes, bytes: count, tag: tag, step: step, source: source))
     self.count += 1
   }
 
   /// Returns when all that was added has moved.
-  package func run() throws(Failure) {
+  package func run(_ freight: (any Freight)? = nil) throws(Failure) {
+    self.freight = freight
     defer {
+      self.freight = nil
       streams.deinitialize(count: count)
       count = 0
     }
@@ -101,39 +121,61 @@ package final class Wire {
     var since = Seconds.now
     while true {
       var (isOpen, hasMoved) = (false, false)
+      // The step that each direction is in.
+      var (sending, receiving) = (Int.max, Int.max)
+      for index in 0..<count where streams[index].started < streams[index].bytes {
+        if streams[index].receiving {
+          receiving = min(receiving, streams[index].step)
+        } else {
+          sending = min(sending, streams[index].step)
+        }
+      }
       for index in 0..<count {
-        if try advance(streams + index) { hasMoved = true }
-        if streams[index].moved < streams[index].bytes { isOpen = true }
+        let stream = streams + index
+        if try take(stream) { hasMoved = true }
+        if stream.pointee.step <= (stream.pointee.receiving ? receiving : sending) { try start(stream) }
+        if stream.pointee.moved < stream.pointee.bytes { isOpen = true }
       }
       guard isOpen else { return }
       if hasMoved {
         idle = 0
         continue
       }
-      if idle == 0 { since = Seconds.now }
+      if idle == 0 || freight?.isBusy ?? false { since = Seconds.now }
       idle += 1
       if let timeout, Seconds.now.value - since.value > timeout.value { throw tooLate(timeout) }
       pause(idle)
     }
   }
 
-  /// Takes what has moved and starts what may; whether anything has moved.
-  private func advance(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) -> Bool {
+  /// Takes what has moved; whether anything has.
+  private func take(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) -> Bool {
     var hasMoved = false
-    let most = stream.pointee.receiving ? window + 2 : window
     while stream.pointee.underWay > 0 {
       let request = stream.pointee.requests[stream.pointee.oldest]
       guard try transport.isDone(request, peer: stream.pointee.peer) else { break }
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.moved)
-      stream.pointee.arrived?(stream.pointee.moved, size)
+      if stream.pointee.receiving, stream.pointee.tag >= 0 {
+        freight?.arrived(stream.pointee.tag, at: stream.pointee.moved, bytes: size)
+      }
       stream.pointee.moved += size
       stream.pointee.oldest = (stream.pointee.oldest + 1) % Wire.mostUnderWay
       stream.pointee.underWay -= 1
       hasMoved = true
     }
-    let ready = stream.pointee.source < 0 ? stream.pointee.bytes : streams[stream.pointee.source].moved
-    while stream.pointee.started < ready, stream.pointee.underWay < most {
+    return hasMoved
+  }
+
+  /// Starts the pieces that are there to be moved and have room.
+  private func start(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) {
+    let most = stream.pointee.receiving ? window + 2 : window
+    guard stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most else { return }
+    var ready = stream.pointee.bytes
+    if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
+    if !stream.pointee.receiving, stream.pointee.tag >= 0 { ready = freight?.ready(stream.pointee.tag) ?? ready }
+    while stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
+      guard stream.pointee.started + size <= ready else { return }
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.mostUnderWay
       stream.pointee.requests[place] = try transport.start(
         stream.pointee.base + stream.pointee.started, size, peer: stream.pointee.peer,
@@ -141,7 +183,6 @@ package final class Wire {
       stream.pointee.started += size
       stream.pointee.underWay += 1
     }
-    return hasMoved
   }
 
   /// Leaves the core to others: for a moment while an answer may be near, then longer.
