@@ -119,6 +119,7 @@ step "C interface under the address sanitizer" c_interface asan
 step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
 step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
 step "training by 1, 2 and 4 workers" workers_agree
+step "MPI: Open MPI, MPICH, several hosts" Tests/Cluster/run.sh "$prefix"
 step "README program" readme_program
 step "CMake package" cmake_package
 step "uninstall" uninstall
