@@ -29,7 +29,7 @@ let package = Package(
         .unsafeFlags([
           "-static-stdlib", "-Xlinker", "--version-script=\(Context.packageDirectory)/Sources/CAPI/exports.map",
           "-Xlinker", "--gc-sections", "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker",
-          "nodelete",
+          "nodelete", "-l_FoundationCShims", "-l_FoundationCollections", "-lswiftSynchronization",
         ])
       ]),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE"], swiftSettings: core),

@@ -183,9 +183,12 @@ typedef struct fmoe_plan_report {         /* predictions are for forward + backw
   int32_t group_size, steps;
   double seconds_plain;                   /* no shadow, no overlap */
   double seconds_planned;                 /* this plan */
-  double seconds_ideal;                   /* the larger of computing and communicating, perfectly overlapped */
+  double seconds_ideal;                   /* this plan's computing or its communicating, the larger: perfectly overlapped */
   double compute_over_communicate;        /* R_CC of the roofline; infinite where nothing is sent */
   double flops_per_worker;                /* P-bar of the roofline, flop/s */
+  double seconds_semi_ideal;              /* computing and communicating, one after the other */
+  double compute_over_communicate_step;   /* R_CC of the whole step, three computes over four all-to-alls, where the one
+                                             above is one over one: 3/4 of it */
 } fmoe_plan_report;
 fmoe_status fmoe_gate(fmoe_layer *layer /* kept */, const float *tokens /* [n, d], kept until backward */, int64_t n,
                       fmoe_pass **out); /* collective */
@@ -204,8 +207,10 @@ void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the 
 
 /* ---- cluster: predict without running ------------------------------------------------------ */
 fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* discovered and calibrated; collective */
-fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room */
-fmoe_status fmoe_cluster_write(fmoe_cluster *cluster, const char *path);
+fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room, up to
+                                                                             4096 workers; docs/model.md has its keys */
+fmoe_status fmoe_cluster_write(fmoe_cluster *cluster, const char *path);  /* replaces the file as a whole */
+/* What fmoe_plan would choose for these counts, rank by rank.  Of `layer`, the sizes and the activation count. */
 fmoe_status fmoe_cluster_plan(fmoe_cluster *cluster, const fmoe_layer_options *layer, const int64_t *counts /* [W, E] */,
                               const fmoe_plan_options *options /* NULL: defaults */, fmoe_plan_report *report);
 void fmoe_cluster_destroy(fmoe_cluster *cluster);

@@ -228,7 +228,8 @@ private func cReport(_ plan: PlanReport) -> fmoe_plan_report {
   fmoe_plan_report(
     struct_size: 0, shadows: Int32(plan.shadows), group_size: Int32(plan.groupSize), steps: Int32(plan.steps),
     seconds_plain: plan.plain.value, seconds_planned: plan.planned.value, seconds_ideal: plan.ideal.value,
-    compute_over_communicate: plan.computeOverCommunicate, flops_per_worker: plan.flopRatePerWorker.value)
+    compute_over_communicate: plan.computeOverCommunicate, flops_per_worker: plan.flopRatePerWorker.value,
+    seconds_semi_ideal: plan.semiIdeal.value, compute_over_communicate_step: plan.stepRatio)
 }
 
 @_cdecl("fmoe_forward") @implementation
@@ -277,21 +278,37 @@ public func fmoe_cluster_of_group(_ group: OpaquePointer!, _ out: UnsafeMutableP
 public func fmoe_cluster_read(_ path: UnsafePointer<CChar>!, _ out: UnsafeMutablePointer<OpaquePointer?>!)
   -> fmoe_status
 {
-  unsupported("fmoe_cluster_read")
+  answer { () throws(Failure) in
+    let path = try require(path, "path")
+    _ = try require(out, "out")
+    out[0] = handle(try ClusterBox(reading: path))
+  }
 }
 
 @_cdecl("fmoe_cluster_write") @implementation
 public func fmoe_cluster_write(_ cluster: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  unsupported("fmoe_cluster_write")
+  answer { () throws(Failure) in
+    let box: ClusterBox = try object(cluster, "cluster")
+    try Documents.write(box.cluster.document, to: try require(path, "path"))
+  }
 }
 
 @_cdecl("fmoe_cluster_plan") @implementation
 public func fmoe_cluster_plan(
   _ cluster: OpaquePointer!, _ layer: UnsafePointer<fmoe_layer_options>!, _ counts: UnsafePointer<Int64>!,
   _ options: UnsafePointer<fmoe_plan_options>!, _ report: UnsafeMutablePointer<fmoe_plan_report>!
-) -> fmoe_status { unsupported("fmoe_cluster_plan") }
+) -> fmoe_status {
+  answer { () throws(Failure) in
+    let box: ClusterBox = try object(cluster, "cluster")
+    let shape = try Layer.Options(layer).shape
+    let counts = try require(counts, "counts")
+    let space = try room(in: try require(report, "report"), "report")
+    let request = try planRequest(options, experts: shape.experts)
+    write(cReport(try box.plan(shape, counts, request)), to: report, room: space)
+  }
+}
 
 @_cdecl("fmoe_cluster_destroy") @implementation
 public func fmoe_cluster_destroy(_ cluster: OpaquePointer!) {
-  // No call makes a cluster yet, so there is none to destroy; NULL is fine as ever.
+  if let cluster { release(cluster, as: ClusterBox.self) }
 }

@@ -71,15 +71,53 @@ func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throw
   guard let schedule = PlanRequest.Schedule(rawValue: Int(c.schedule)) else {
     throw Failure(.options, "schedule is 0 to 2, not \(c.schedule)")
   }
+  var request = PlanRequest()
   if shadowing == .given {
     let shadows = try require(c.shadows, "shadows")
-    for expert in 0..<experts where shadows[expert] > 1 {
-      throw Failure(.argument, "shadows[\(expert)] is 0 or 1, not \(shadows[expert])")
+    for expert in 0..<experts where shadows[expert] != 0 {
+      guard shadows[expert] == 1 else {
+        throw Failure(.argument, "shadows[\(expert)] is 0 or 1, not \(shadows[expert])")
+      }
+      request.shadows.append(expert)
     }
   }
-  var request = PlanRequest()
   request.shadowing = shadowing
   request.schedule = schedule
   request.groupSize = Int(c.group_size)
   return request
+}
+
+/// What a `fmoe_cluster` handle owns.
+final class ClusterBox {
+  let cluster: Cluster
+
+  init(reading path: UnsafePointer<CChar>) throws(Failure) {
+    let document = try Documents.read(Cluster.Document.self, from: path)
+    do throws(Failure) {
+      cluster = try Cluster(document)
+    } catch {
+      throw Failure(error.kind, "\(String(cString: path)): \(error.message)")
+    }
+  }
+
+  /// `counts` [W, E]
+  func plan(_ shape: Shape, _ counts: UnsafePointer<Int64>, _ request: PlanRequest) throws(Failure) -> PlanReport {
+    let (workers, experts) = (cluster.workers, shape.experts)
+    try Planner.check(workers: workers, experts: experts)
+    var size = Arena()
+    _ = Traffic(arena: &size, workers: workers, experts: experts)
+    let memory = try Region(bytes: size.bytes, for: "the counts of a batch")
+    var arena = Arena(over: memory.base)
+    let traffic = Traffic(arena: &arena, workers: workers, experts: experts)
+    for place in 0..<workers * experts {
+      guard counts[place] >= 0, counts[place] <= Int64(Int32.max) else {
+        throw Failure(
+          .argument,
+          "counts[\(place / experts)][\(place % experts)] is \(counts[place]); it must be in 0..\(Int32.max)")
+      }
+      traffic.counts[place] = UInt32(counts[place])
+    }
+    var planner = Planner(traffic, shape, on: cluster)
+    return try planner.plan(request).report
+  }
 }

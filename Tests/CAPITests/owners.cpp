@@ -117,7 +117,7 @@ static void test_errors() {
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { layer.load("no-such-file"); }));
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { layer.gate(x.data(), n).write_timeline("no-such-file"); }));
   CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { fastermoe::Cluster of_group(group); }));
-  CHECK(throws(FMOE_ERROR_UNSUPPORTED, [] { fastermoe::Cluster read(std::string("no-such-file")); }));
+  CHECK(throws(FMOE_ERROR_FILE, [] { fastermoe::Cluster read(std::string("no-such-file")); }));
 }
 
 // Never called in this version, but it compiles: what test_errors cannot reach without a cluster.

@@ -6,11 +6,18 @@ package struct PlanRequest {
   package var schedule = Schedule.best
   /// Workers per exchange step; 0: as predicted best.
   package var groupSize = 0
+  /// Experts to shadow, for `given`.
+  package var shadows: [Int] = []
 
   package init() {}
 
-  package func check(workers: Int) throws(Failure) {
+  package func check() throws(Failure) {
     guard groupSize >= 0 else { throw Failure(.argument, "group_size must not be negative, not \(groupSize)") }
+  }
+
+  /// Whether this version can play what it can predict.
+  package func checkPlayable(workers: Int) throws(Failure) {
+    try check()
     guard workers > 1 else { return }
     guard shadowing == .best || shadowing == .never else {
       throw Failure(.unsupported, "shadowing among several workers is not in this version yet: pass 0 or 1")
@@ -30,9 +37,12 @@ package struct PlanReport {
   package var steps = 1
   package var plain = Seconds(0)
   package var planned = Seconds(0)
+  /// Of the plan's own computing and communicating: the larger, and one after the other.
   package var ideal = Seconds(0)
+  package var semiIdeal = Seconds(0)
   /// R_CC of the roofline; infinite where nothing is sent.
   package var computeOverCommunicate = Double.infinity
+  package var stepRatio = Double.infinity
   /// P-bar of the roofline.
   package var flopRatePerWorker = FlopRate(0)
 
@@ -53,6 +63,7 @@ package struct PlanReport {
     }
     report.plain = report.planned
     report.ideal = report.planned
+    report.semiIdeal = report.planned
     if work.value > 0 { report.flopRatePerWorker = Flops(work.value / Double(traffic.workers)) / report.planned }
     return report
   }

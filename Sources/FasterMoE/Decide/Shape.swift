@@ -30,4 +30,17 @@ package struct Shape: Equatable {
 
   /// Useful floating-point operations that `rows` rows cost an expert, forward and backward: three products a matrix.
   package func flops(rows: Int) -> Flops { Flops(Double(rows) * Double(6 * matrices) * Double(model) * Double(hidden)) }
+
+  /// How long one compute takes a worker: forward, the gradients of the rows or those of the weights cost the same.
+  package func seconds(rows: Int, at curve: RateCurve) -> Seconds {
+    rows > 0 ? Flops(flops(rows: rows).value / 3) / curve.rate(rows: rows) : Seconds(0)
+  }
+
+  /// What a row is on its way to an expert and back.
+  package var rowBytes: Bytes { Bytes(Double(model * MemoryLayout<Float>.stride)) }
+
+  /// The matrices of an expert; its biases, a thousandth of them, are left out as in the paper.
+  package var expertBytes: Bytes {
+    Bytes(Double(matrices * MemoryLayout<Float>.stride) * Double(model) * Double(hidden))
+  }
 }

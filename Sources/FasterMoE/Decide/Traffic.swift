@@ -17,6 +17,8 @@ package struct Traffic {
     return worker * each..<(worker + 1) * each
   }
 
+  package func owner(of expert: Int) -> Int { expert / (experts / workers) }
+
   /// Rows that go from one worker to another's experts.
   package func rows(from source: Int, to owner: Int) -> Int {
     owned(by: owner).reduce(0) { $0 + Int(counts[source * experts + $1]) }
@@ -24,6 +26,15 @@ package struct Traffic {
 
   /// Rows that `worker` computes.
   package func rows(at worker: Int) -> Int { (0..<workers).reduce(0) { $0 + rows(from: $1, to: worker) } }
+
+  /// [E] rows of all workers for each expert. O(W·E).
+  package var rowsOfExperts: [Int] {
+    var rows = [Int](repeating: 0, count: experts)
+    for source in 0..<workers {
+      for expert in 0..<experts { rows[expert] += Int(counts[source * experts + expert]) }
+    }
+    return rows
+  }
 
   /// Rows of all workers for `expert`.
   package func rows(for expert: Int) -> Int { (0..<workers).reduce(0) { $0 + Int(counts[$1 * experts + expert]) } }

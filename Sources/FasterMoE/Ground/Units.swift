@@ -6,6 +6,8 @@ package struct Seconds: Comparable, Sendable {
   package init(_ value: Double) { self.value = value }
   package static func < (a: Seconds, b: Seconds) -> Bool { a.value < b.value }
   package static func + (a: Seconds, b: Seconds) -> Seconds { Seconds(a.value + b.value) }
+  package static func * (time: Seconds, count: Double) -> Seconds { Seconds(time.value * count) }
+  package static func / (a: Seconds, b: Seconds) -> Double { a.value / b.value }
 
   /// A clock that never goes back, from an arbitrary beginning.
   package static var now: Seconds {
@@ -30,4 +32,21 @@ package struct FlopRate: Comparable, Sendable, BitwiseCopyable {
   package var value: Double
   package init(_ value: Double) { self.value = value }
   package static func < (a: FlopRate, b: FlopRate) -> Bool { a.value < b.value }
+}
+
+/// A volume of data.
+package struct Bytes: Comparable, Sendable {
+  package var value: Double
+  package init(_ value: Double) { self.value = value }
+  package static func < (a: Bytes, b: Bytes) -> Bool { a.value < b.value }
+  package static func * (bytes: Bytes, count: Double) -> Bytes { Bytes(bytes.value * count) }
+  package static func / (a: Bytes, b: Bytes) -> Double { a.value / b.value }
+  package static func / (bytes: Bytes, rate: ByteRate) -> Seconds { Seconds(bytes.value / rate.value) }
+}
+
+/// Data per second; infinite where nothing limits it.
+package struct ByteRate: Comparable, Sendable {
+  package var value: Double
+  package init(_ value: Double) { self.value = value }
+  package static func < (a: ByteRate, b: ByteRate) -> Bool { a.value < b.value }
 }

@@ -222,7 +222,7 @@ package final class Pass: TeamWork {
     let own = failure { () throws(Failure) in
       guard stage == .gated else { throw wrongStage("plan") }
       asked = try request()
-      try asked!.check(workers: peers.size)
+      try asked!.checkPlayable(workers: peers.size)
       guard !wantsReport || peers.shareMemory else {
         throw Failure(
           .unsupported, "predictions over a transport need measured links, which are not in this version yet")

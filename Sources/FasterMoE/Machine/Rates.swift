@@ -12,14 +12,48 @@ package struct ComputeRates: Sendable, BitwiseCopyable {
   /// The rate at `rows`, between the samples by the logarithm of the rows, outside them the nearest.
   package func rate(rows: Int) -> FlopRate {
     let samples = ComputeRates.sampledRows
-    if rows <= samples[0] { return rates[0] }
-    for upper in 1..<samples.count where rows <= samples[upper] {
-      let low = log(Double(samples[upper - 1]))
-      let share = (log(Double(rows)) - low) / (log(Double(samples[upper])) - low)
-      return FlopRate(rates[upper - 1].value * (1 - share) + rates[upper].value * share)
+    return interpolate(rows, samples: samples.count, rowsAt: { samples[$0] }, logAt: { log(Double(samples[$0])) }) {
+      rates[$0]
     }
-    return rates[samples.count - 1]
   }
+}
+
+/// How fast one worker multiplies, by the rows of one expert's call: any samples, with rising rows.
+package struct RateCurve: Equatable, Sendable {
+  package struct Sample: Equatable, Sendable {
+    package let rows: Int
+    package let rate: FlopRate
+    package init(rows: Int, rate: FlopRate) { (self.rows, self.rate) = (rows, rate) }
+  }
+  package let samples: [Sample]
+  private let logs: [Double]
+  /// The highest rate at any number of rows.
+  package let peak: FlopRate
+
+  /// `samples` are not empty.
+  package init(_ samples: [Sample]) {
+    self.samples = samples
+    logs = samples.map { log(Double($0.rows)) }
+    peak = samples.reduce(FlopRate(0)) { max($0, $1.rate) }
+  }
+
+  package func rate(rows: Int) -> FlopRate {
+    interpolate(rows, samples: samples.count, rowsAt: { samples[$0].rows }, logAt: { logs[$0] }) { samples[$0].rate }
+  }
+}
+
+/// Between two samples by the logarithm of the rows, outside all of them the nearest.
+@inline(__always)
+private func interpolate(
+  _ rows: Int, samples count: Int, rowsAt: (Int) -> Int, logAt: (Int) -> Double, rateAt: (Int) -> FlopRate
+) -> FlopRate {
+  if rows <= rowsAt(0) { return rateAt(0) }
+  for above in 1..<count where rows <= rowsAt(above) {
+    let low = logAt(above - 1)
+    let share = (log(Double(rows)) - low) / (logAt(above) - low)
+    return FlopRate(rateAt(above - 1).value * (1 - share) + rateAt(above).value * share)
+  }
+  return rateAt(count - 1)
 }
 
 extension ComputeRates {

@@ -1,0 +1,236 @@
+/// The DDL-Roofline of one batch (FasterMoE §3): what computing and communicating would take on their own.
+package struct Roofline {
+  /// Of the busiest worker, forward and backward: three computes (eq. 1).
+  package let compute: Seconds
+  /// Four collectives, each over its busiest directed link (eq. 2), and the copies of shadows. Latency of rows is left out,
+  /// as in the paper.
+  package let communicate: Seconds
+  /// Of all workers.
+  package let work: Flops
+  package let workers: Int
+
+  /// R_CC (eq. 3) as one compute over one collective; infinite where nothing is sent.
+  package var computeOverCommunicate: Double { communicate.value > 0 ? stepRatio * 4 / 3 : .infinity }
+  /// R_CC as the computing of a step over its communicating, on which the semi-ideal line holds exactly.
+  package var stepRatio: Double { communicate.value > 0 ? compute / communicate : .infinity }
+
+  /// Both perfectly overlapped: where P-bar = P·min(1, R_CC) for a balanced load (eq. 5).
+  package var ideal: Seconds { max(compute, communicate) }
+  /// One after the other: where P-bar = P·R_CC / (R_CC + 1) for a balanced load (eq. 6).
+  package var semiIdeal: Seconds { compute + communicate }
+  /// P-bar (eq. 4) of a step that takes `seconds`.
+  package func flopRatePerWorker(in seconds: Seconds) -> FlopRate {
+    work.value > 0 ? Flops(work.value / Double(workers)) / seconds : FlopRate(0)
+  }
+}
+
+/// What a batch gives every worker to compute and every link to carry, with some experts shadowed.
+///
+/// A shadowed expert is computed by each worker for its own rows, which then move no more; instead its parameters go
+/// around the ring of workers before, and its gradients after (§4.1).
+package struct Volumes {
+  private let cluster: Cluster
+  private let shape: Shape
+  private let traffic: Traffic
+  /// [E] rows of all workers.
+  private let rows: [Int]
+  /// [W] by seat: seconds of one compute.
+  private var busy: [Double]
+  /// [1, nodes] and [1, peers] rows on their way to experts; they come back in the other direction.
+  private var loads: LinkLoads
+  /// [W] by seat: shadowed experts of each owner.
+  private var shadowsOf: [Int]
+  private(set) package var shadows: [Int] = []
+  /// What all copies take one after the other, as every schedule moves them.
+  package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
+  private var fetching = Seconds(0)
+  private var reducing = Seconds(0)
+  /// Whether backward fetches the shadows again (ZeRO stage 3).
+  package var fetchesAgain = false
+
+  /// Without shadows.
+  package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
+    (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
+    rows = traffic.rowsOfExperts
+    busy = Array(repeating: 0, count: cluster.workers)
+    for expert in 0..<traffic.experts {
+      let seat = cluster.seats[traffic.owner(of: expert)]
+      busy[seat] += shape.seconds(rows: rows[expert], at: cluster.curves[seat]).value
+    }
+    loads = LinkLoads(
+      RowsBetween(traffic, on: cluster, without: []), on: cluster,
+      Groups(workers: cluster.workers, size: cluster.workers))
+    shadowsOf = Array(repeating: 0, count: cluster.workers)
+  }
+
+  package mutating func shadow(_ expert: Int) {
+    let owner = cluster.seats[traffic.owner(of: expert)]
+    busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.curves[owner]).value
+    for seat in 0..<cluster.workers {
+      let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
+      guard rows > 0 else { continue }
+      busy[seat] += shape.seconds(rows: rows, at: cluster.curves[seat]).value
+      if seat != owner { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
+    }
+    shadowsOf[owner] += 1
+    fetching = fetching + fetching(from: owner)
+    reducing = reducing + reducing(to: owner)
+    shadows.append(expert)
+  }
+
+  /// A broadcast does not go into its owner, a reduction not out of it.
+  package func fetching(from owner: Int) -> Seconds {
+    cluster.around(shape.expertBytes, without: owner == 0 ? cluster.workers - 1 : owner - 1)
+  }
+  package func reducing(to owner: Int) -> Seconds { cluster.around(shape.expertBytes, without: owner) }
+
+  package var roofline: Roofline {
+    let busiest = busy.reduce(0, max)
+    let there = busiestLink { up, down, _ in (up, down) }
+    let back = busiestLink { up, down, _ in (down, up) }
+    let work = rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }
+    return Roofline(
+      compute: Seconds(3 * busiest), communicate: (there + back) * 2 + copying, work: work, workers: cluster.workers)
+  }
+
+  /// No schedule is faster than its busiest worker and its busiest link, which carries rows there and back.
+  package var leastForward: Seconds { max(Seconds(busy.reduce(0, max)), linkForward) }
+  package var leastBackward: Seconds { max(Seconds(2 * busy.reduce(0, max)), linkBackward) }
+  package var least: Seconds { leastForward + leastBackward }
+  package var linkForward: Seconds { busiestLink { bothWays($0, $1, copies: fetches(over: $2)) } }
+  package var linkBackward: Seconds {
+    busiestLink { bothWays($0, $1, copies: reduces(over: $2) + (fetchesAgain ? fetches(over: $2) : 0)) }
+  }
+
+  private func bothWays(_ up: Double, _ down: Double, copies: Int) -> (Double, Double) {
+    let rows = up + down + Double(copies) * (shape.expertBytes / shape.rowBytes)
+    return (rows, rows)
+  }
+
+  /// How many experts move over a hop of the ring, or a link on none.
+  private func fetches(over hop: Int) -> Int {
+    hop < 0 ? 0 : shadows.count - shadowsOf[hop + 1 == cluster.workers ? 0 : hop + 1]
+  }
+  private func reduces(over hop: Int) -> Int { hop < 0 ? 0 : shadows.count - shadowsOf[hop] }
+
+  /// Seconds of the link that takes longest, where `rows` says what one carries by what goes up and down on its way there.
+  private func busiestLink(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double)) -> Seconds
+  {
+    var longest = 0.0
+    for (index, node) in cluster.nodes.enumerated().dropLast() {
+      let (up, down) = (loads.up[index], loads.down[index])
+      longest = max(longest, rows(up, down, cluster.ring.up[index]).up * node.up.slowness)
+      longest = max(longest, rows(up, down, cluster.ring.down[index]).down * node.down.slowness)
+    }
+    for (index, peer) in cluster.peers.enumerated() {
+      let carried = rows(loads.peers[index], loads.peers[index ^ 1], cluster.ring.peers[index]).up
+      longest = max(longest, carried * peer.cost.slowness)
+    }
+    return Seconds(longest * shape.rowBytes.value)
+  }
+}
+
+/// Rows from every worker to every other one's experts.
+struct RowsBetween {
+  let workers: Int
+  /// [W, W] by seat.
+  private(set) var rows: [Double]
+
+  /// Those of the experts that are `without` shadows, [E] or empty for none.
+  init(_ traffic: Traffic, on cluster: Cluster, without shadowed: [Bool]) {
+    workers = cluster.workers
+    rows = Array(repeating: 0, count: workers * workers)
+    let each = traffic.experts / workers
+    for seat in 0..<workers {
+      let counts = traffic.counts + cluster.ranks[seat] * traffic.experts
+      for owner in 0..<workers {
+        var sum = 0
+        for expert in owner * each..<(owner + 1) * each where shadowed.isEmpty || !shadowed[expert] {
+          sum += Int(counts[expert])
+        }
+        rows[seat * workers + cluster.seats[owner]] = Double(sum)
+      }
+    }
+  }
+}
+
+/// The rows that each round of an exchange in groups loads on each directed link. Whole numbers, so sums are exact.
+struct LinkLoads {
+  /// [rounds, nodes] on the links up from each node and down to it.
+  private(set) var up: [Double]
+  private(set) var down: [Double]
+  /// [rounds, peers]
+  private(set) var peers: [Double]
+  /// [rounds, groups] that each group sends.
+  private(set) var sent: [Double]
+
+  /// A flow counts once where it begins and off again where its way up ends; sums over subtrees then are the loads.
+  /// O(W² + rounds·nodes).
+  init(_ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
+    let (workers, nodes, rounds, links) = (cluster.workers, cluster.nodes.count, groups.count, cluster.peers.count)
+    up = Array(repeating: 0, count: rounds * nodes)
+    down = up
+    peers = Array(repeating: 0, count: rounds * links)
+    sent = Array(repeating: 0, count: rounds * rounds)
+    for seat in 0..<workers {
+      let own = groups.group(of: seat)
+      // To the seats `first..<end` of one group, for all of which the way turns at `top`.
+      func flow(_ first: Int, _ end: Int, top: Int, group: Int) {
+        let round = groups.round(from: own, to: group)
+        var sum = 0.0
+        for target in first..<end {
+          let rows = between.rows[seat * workers + target]
+          down[round * nodes + target] += rows
+          sum += rows
+        }
+        up[round * nodes + seat] += sum
+        up[round * nodes + top] -= sum
+        down[round * nodes + top] -= sum
+        sent[round * rounds + own] += sum
+      }
+      var (node, next) = (seat, seat + 1)
+      while next < workers {
+        while cluster.nodes[node].seats.upperBound <= next { node = cluster.nodes[node].parent }
+        let group = groups.group(of: next)
+        let end = min(cluster.nodes[node].seats.upperBound, groups.seats(of: group).upperBound)
+        flow(next, end, top: node, group: group)
+        next = end
+      }
+      (node, next) = (seat, seat)
+      while next > 0 {
+        while cluster.nodes[node].seats.lowerBound >= next { node = cluster.nodes[node].parent }
+        let group = groups.group(of: next - 1)
+        let first = max(cluster.nodes[node].seats.lowerBound, groups.seats(of: group).lowerBound)
+        flow(first, next, top: node, group: group)
+        next = first
+      }
+      // What a peer link carries leaves the tree where that link begins, and is back where it ends.
+      for link in cluster.peersFrom[seat] {
+        let (from, to) = (cluster.peers[link].from, cluster.peers[link].to)
+        for target in cluster.nodes[to].seats {
+          let rows = between.rows[seat * workers + target]
+          let round = groups.round(from: own, to: groups.group(of: target))
+          let top = cluster.meeting(seat, target)
+          up[round * nodes + top] += rows
+          up[round * nodes + from] -= rows
+          down[round * nodes + top] += rows
+          down[round * nodes + to] -= rows
+          peers[round * links + link] += rows
+        }
+      }
+    }
+    for round in 0..<rounds {
+      for node in round * nodes..<(round + 1) * nodes - 1 {
+        let parent = round * nodes + cluster.nodes[node - round * nodes].parent
+        up[parent] += up[node]
+        down[parent] += down[node]
+      }
+    }
+  }
+
+  /// Takes rows of the only round off their way.
+  mutating func remove(_ rows: Double, from source: Int, to target: Int, on cluster: Cluster) {
+    cluster.walk(
+      from: source, to: target, up: { up[$0] -= rows }, down: { down[$0] -= rows }, peer: { peers[$0] -= rows })
+  }
+}

@@ -1,0 +1,177 @@
+import FoundationEssentials
+import Glibc
+
+/// Values kept in JSON files. Every key of a file must be known, and a file is written whole or not at all.
+///
+/// A path is bytes, not text. Failures are `.file` and name the path, the place in the document and the reason.
+package enum Documents {
+  /// The value that the file at `path` holds.
+  package static func read<Value: Codable>(_ type: Value.Type, from path: UnsafePointer<CChar>) throws(Failure) -> Value
+  {
+    let data = try bytes(of: path)
+    do {
+      let value = try decoder.decode(type, from: data)
+      // What a value does not write back, it has not understood.
+      let known = try decoder.decode(Skeleton.self, from: encoder.encode(value))
+      if let stranger = try decoder.decode(Skeleton.self, from: data).stranger(to: known) {
+        throw Failure(.file, "\(String(cString: path)): \(stranger)")
+      }
+      return value
+    } catch let failure as Failure {
+      throw failure
+    } catch {
+      throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
+    }
+  }
+
+  /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one.
+  package static func write(_ value: some Codable, to path: UnsafePointer<CChar>) throws(Failure) {
+    let data: Data
+    do { data = try encoder.encode(value) + [UInt8(ascii: "\n")] } catch {
+      throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
+    }
+    let draft = "\(getpid()).draft".withCString { suffix in
+      ContiguousArray<CChar>(unsafeUninitializedCapacity: strlen(path) + strlen(suffix) + 2) { room, count in
+        strcpy(room.baseAddress!, path)
+        strcat(strcat(room.baseAddress!, "."), suffix)
+        count = strlen(room.baseAddress!) + 1
+      }
+    }
+    try draft.withUnsafeBufferPointer { room throws(Failure) in
+      let draft = room.baseAddress!
+      do throws(Failure) {
+        try store(data, in: draft, on: path)
+      } catch {
+        unlink(draft)
+        throw error
+      }
+    }
+  }
+
+  private static func store(_ data: Data, in draft: UnsafePointer<CChar>, on path: UnsafePointer<CChar>) throws(Failure)
+  {
+    let file = open(draft, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o666)
+    guard file >= 0 else { throw refusal(path, "cannot be written") }
+    var written = 0
+    while written < data.count {
+      let count = data.withUnsafeBytes { Glibc.write(file, $0.baseAddress! + written, $0.count - written) }
+      if count < 0 && errno == EINTR { continue }
+      guard count > 0 else {
+        let failure = refusal(path, "cannot be written")
+        close(file)
+        throw failure
+      }
+      written += count
+    }
+    guard fsync(file) == 0 || errno == EINVAL, close(file) == 0, rename(draft, path) == 0 else {
+      throw refusal(path, "cannot be written")
+    }
+  }
+
+  private static func bytes(of path: UnsafePointer<CChar>) throws(Failure) -> Data {
+    let file = open(path, O_RDONLY | O_CLOEXEC)
+    guard file >= 0 else { throw refusal(path, "cannot be read") }
+    defer { close(file) }
+    var data = Data()
+    var piece = [UInt8](repeating: 0, count: 1 << 16)
+    while true {
+      let count = Glibc.read(file, &piece, piece.count)
+      if count < 0 && errno == EINTR { continue }
+      guard count >= 0 else { throw refusal(path, "cannot be read") }
+      if count == 0 { return data }
+      data.append(piece, count: count)
+      guard data.count <= mostBytes else {
+        throw Failure(.file, "\(String(cString: path)): is longer than the \(mostBytes) bytes a document may have")
+      }
+    }
+  }
+
+  private static let mostBytes = 256 << 20
+
+  private static func refusal(_ path: UnsafePointer<CChar>, _ what: String) -> Failure {
+    var words = [CChar](repeating: 0, count: 256)
+    strerror_r(errno, &words, words.count)
+    return Failure(
+      .file,
+      words.withUnsafeBufferPointer {
+        "\(String(cString: path)): \(what): \(String(cString: $0.baseAddress!))"
+      })
+  }
+
+  private static func reason(of error: any Error) -> String {
+    switch error {
+    case DecodingError.keyNotFound(let key, let context): "\(place(context.codingPath))lacks \"\(key.stringValue)\""
+    case DecodingError.typeMismatch(_, let context), DecodingError.valueNotFound(_, let context):
+      "\(place(context.codingPath))is not what it should be: \(context.debugDescription)"
+    case DecodingError.dataCorrupted(let context):
+      "\(place(context.codingPath))\(context.debugDescription)"
+        + (context.underlyingError.map { " \($0)" } ?? "")
+    default: "\(error)"
+    }
+  }
+
+  /// The way to a value: `places[3].up `.
+  private static func place(_ path: [any CodingKey]) -> String {
+    guard !path.isEmpty else { return "" }
+    return path.reduce("") { way, key in
+      key.intValue.map { "\(way)[\($0)]" } ?? (way.isEmpty ? key.stringValue : "\(way).\(key.stringValue)")
+    } + " "
+  }
+
+  // JSON has no infinity; a rate without limit is written in words.
+  private static var decoder: JSONDecoder {
+    let decoder = JSONDecoder()
+    decoder.nonConformingFloatDecodingStrategy = .convertFromString(
+      positiveInfinity: "infinite", negativeInfinity: "-infinite", nan: "not a number")
+    return decoder
+  }
+
+  private static var encoder: JSONEncoder {
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = [.prettyPrinted, .sortedKeys]
+    encoder.nonConformingFloatEncodingStrategy = .convertToString(
+      positiveInfinity: "infinite", negativeInfinity: "-infinite", nan: "not a number")
+    return encoder
+  }
+}
+
+/// The keys of a document without its values.
+private enum Skeleton: Decodable {
+  case object([String: Skeleton])
+  case array([Skeleton])
+  case value, null
+
+  init(from decoder: any Decoder) throws {
+    let container = try decoder.singleValueContainer()
+    if container.decodeNil() {
+      self = .null
+    } else if let members = try? container.decode([String: Skeleton].self) {
+      self = .object(members)
+    } else if let elements = try? container.decode([Skeleton].self) {
+      self = .array(elements)
+    } else {
+      self = .value
+    }
+  }
+
+  /// What is here and not in `known`, in words.
+  func stranger(to known: Skeleton, at path: String = "") -> String? {
+    switch (self, known) {
+    case (.object(let members), .object(let others)):
+      for (key, member) in members.sorted(by: { $0.key < $1.key }) {
+        let way = path.isEmpty ? key : "\(path).\(key)"
+        guard let other = others[key] else {
+          if case .null = member { return "\(way) is null; leave out what is not there" }
+          return "\(path.isEmpty ? "the document" : path) has the key \"\(key)\", which is not known"
+        }
+        if let stranger = member.stranger(to: other, at: way) { return stranger }
+      }
+    case (.array(let elements), .array(let others)):
+      for (index, pair) in zip(elements, others).enumerated() {
+        if let stranger = pair.0.stranger(to: pair.1, at: "\(path)[\(index)]") { return stranger }
+      }
+    default: break
+    }
+    return nil
+  }
+}
