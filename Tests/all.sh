@@ -40,7 +40,8 @@ examples() {
   local at=$1 cc=$2 cxx=$3 out
   out=$(realpath -m ".build/examples/$cc") && export PKG_CONFIG_PATH=$at LD_LIBRARY_PATH=$prefix/lib
   make -B -C examples/c CC="$cc" BUILD="$out" all && make -B -C examples/cpp CXX="$cxx" BUILD="$out" all &&
-    "$out/01_one_layer" && "$out/02_own_gate" && "$out/03_threads_as_ranks" && "$out/03_threads_as_ranks" 4 && "$out/train_regression" && "$out/test_gpt" &&
+    "$out/01_one_layer" && "$out/02_own_gate" && "$out/03_threads_as_ranks" && "$out/03_threads_as_ranks" 4 &&
+    "$out/05_plan_only" examples/c/05_cluster.json && "$out/05_plan_only" Benchmarks/paper/trevor.json && "$out/train_regression" && "$out/test_gpt" &&
     "$out/train_gpt" --steps 30 --eval-every 15 --sample 40 --save-log "$out/log.csv" && [ "$(wc -l <"$out/log.csv")" -ge 30 ]
 }
 

@@ -183,7 +183,7 @@ typedef struct fmoe_plan_report {         /* predictions are for forward + backw
   int32_t group_size, steps;
   double seconds_plain;                   /* no shadow, no overlap */
   double seconds_planned;                 /* this plan */
-  double seconds_ideal;                   /* this plan's computing or its communicating, the larger: perfectly overlapped */
+  double seconds_ideal;                   /* the busiest worker or the busiest link of this plan, perfectly overlapped */
   double compute_over_communicate;        /* R_CC of the roofline; infinite where nothing is sent */
   double flops_per_worker;                /* P-bar of the roofline, flop/s */
   double seconds_semi_ideal;              /* computing and communicating, one after the other */
@@ -209,6 +209,7 @@ void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the 
 fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* discovered and calibrated; collective */
 fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room, up to
                                                                              4096 workers; docs/model.md has its keys */
+int32_t fmoe_cluster_size(fmoe_cluster *cluster);                         /* W; 0 of NULL */
 fmoe_status fmoe_cluster_write(fmoe_cluster *cluster, const char *path);  /* replaces the file as a whole */
 /* What fmoe_plan would choose for these counts, rank by rank.  Of `layer`, the sizes and the activation count. */
 fmoe_status fmoe_cluster_plan(fmoe_cluster *cluster, const fmoe_layer_options *layer, const int64_t *counts /* [W, E] */,

@@ -165,6 +165,7 @@ class Cluster : public detail::Owner<fmoe_cluster, fmoe_cluster_destroy> {
   explicit Cluster(const std::string &path) {
     adopt([&](fmoe_cluster **out) { return fmoe_cluster_read(path.c_str(), out); });
   }
+  int32_t size() const noexcept { return fmoe_cluster_size(get()); }
   void write(const std::string &path) const { check(fmoe_cluster_write(get(), path.c_str())); }
   fmoe_plan_report plan(const fmoe_layer_options &layer, const int64_t *counts /* [W, E] */,
                         const fmoe_plan_options &options = plan_options()) const {

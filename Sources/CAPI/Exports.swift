@@ -285,6 +285,12 @@ public func fmoe_cluster_read(_ path: UnsafePointer<CChar>!, _ out: UnsafeMutabl
   }
 }
 
+@_cdecl("fmoe_cluster_size") @implementation
+public func fmoe_cluster_size(_ cluster: OpaquePointer!) -> Int32 {
+  let box = try? object(cluster, "cluster", as: ClusterBox.self)
+  return Int32(box?.cluster.workers ?? 0)
+}
+
 @_cdecl("fmoe_cluster_write") @implementation
 public func fmoe_cluster_write(_ cluster: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
   answer { () throws(Failure) in

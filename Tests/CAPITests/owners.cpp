@@ -123,6 +123,7 @@ static void test_errors() {
 // Never called in this version, but it compiles: what test_errors cannot reach without a cluster.
 void use_the_rest(fastermoe::Cluster &cluster, const int64_t *counts, const std::string &path) {
   cluster.write(path);
+  CHECK(cluster.size() > 0);
   cluster.plan(fastermoe::layer_options(d, h, experts), counts);
 }
 

@@ -50,6 +50,10 @@ package struct Cluster: Sendable {
   package struct Ring: Sendable {
     /// [W]
     package var costs: [Cost] = []
+    /// The hop whose bytes cost most, what they cost on all others, and the latency of all hops.
+    package var slowest = 0
+    package var slownessOfOthers = 0.0
+    package var latency = 0.0
     /// The hop that each link is part of, or -1: [nodes] up, [nodes] down, [peers].
     package var up: [Int] = []
     package var down: [Int] = []
@@ -88,6 +92,13 @@ package struct Cluster: Sendable {
         peer: { ring.peers[$0] = seat })
       ring.costs.append(cost(from: seat, to: next))
     }
+    for (hop, cost) in ring.costs.enumerated() {
+      ring.latency += cost.latency
+      if cost.slowness > ring.costs[ring.slowest].slowness { ring.slowest = hop }
+    }
+    for (hop, cost) in ring.costs.enumerated() where hop != ring.slowest {
+      ring.slownessOfOthers = max(ring.slownessOfOthers, cost.slowness)
+    }
     self.ring = ring
   }
 
@@ -110,10 +121,14 @@ package struct Cluster: Sendable {
   package func walk(
     from source: Int, to target: Int, up: (Int) -> Void, down: (Int) -> Void, peer: (Int) -> Void
   ) {
-    let joining = self.peer(from: source, to: target)
-    let (leave, enter) =
-      joining.map { (peers[$0].from, peers[$0].to) } ?? (meeting(source, target), meeting(source, target))
-    if let joining { peer(joining) }
+    var (leave, enter) = (0, 0)
+    if let joining = self.peer(from: source, to: target) {
+      (leave, enter) = (peers[joining].from, peers[joining].to)
+      peer(joining)
+    } else {
+      leave = meeting(source, target)
+      enter = leave
+    }
     var node = source
     while node != leave {
       up(node)
@@ -141,12 +156,9 @@ package struct Cluster: Sendable {
   /// `bytes` along the ring, cut into pieces that follow each other, but not over one hop: how an expert is broadcast
   /// (not into its owner) and a gradient reduced (not out of its owner).
   package func around(_ bytes: Bytes, without hop: Int) -> Seconds {
-    var (slowness, latency) = (0.0, 0.0)
-    for (index, cost) in ring.costs.enumerated() where index != hop {
-      slowness = max(slowness, cost.slowness)
-      latency += cost.latency
-    }
-    return Seconds(bytes.value * slowness + latency)
+    guard workers > 1 else { return Seconds(0) }
+    let slowness = hop == ring.slowest ? ring.slownessOfOthers : ring.costs[ring.slowest].slowness
+    return Seconds(bytes.value * slowness + ring.latency - ring.costs[hop].latency)
   }
 
   /// The slowest link of all: W_net of the paper's formulas, which know one bandwidth.
@@ -238,12 +250,13 @@ extension Cluster {
 
       package init(from decoder: any Decoder) throws {
         var pair = try decoder.unkeyedContainer()
-        rows = try pair.decode(Int.self)
+        let whole = Int(exactly: try pair.decode(Double.self))
         rate = try pair.decode(Double.self)
-        guard pair.isAtEnd else {
+        guard let whole, pair.isAtEnd else {
           throw DecodingError.dataCorruptedError(
-            in: pair, debugDescription: "must be a pair: [rows, flops per second].")
+            in: pair, debugDescription: "must be a pair: [whole number of rows, flops per second]")
         }
+        rows = whole
       }
 
       package func encode(to encoder: any Encoder) throws {

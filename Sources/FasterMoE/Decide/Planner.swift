@@ -29,7 +29,7 @@ package struct Planner {
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
     try request.check()
     let none = Volumes(traffic, shape, on: cluster)
-    let plain = coarse(none)
+    let plain = coarse(none, none.moving)
     // Of a request for pairwise exchange, the coarse plan is no answer.
     let known = request.schedule == .pairwise ? nil : plain
     var chosen: Choice
@@ -85,11 +85,12 @@ package struct Planner {
       if found.count == room { found.removeLast() }
       found.insert((least, volumes), at: found.firstIndex { least < $0.least } ?? found.count)
     }
-    var volumes = none
+    var (volumes, affordable) = (none, plain)
     for expert in Shadowing.byExcess(traffic, on: cluster) {
       volumes.shadow(expert)
-      // Copies only add up: once they alone take too long, so does all that follows.
-      guard volumes.copying < plain else { break }
+      // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
+      guard volumes.copying < affordable else { break }
+      affordable = min(affordable, volumes.serial)
       consider(volumes)
     }
     if !paper.isEmpty { consider(shadowing(paper, after: none)) }
@@ -100,12 +101,14 @@ package struct Planner {
   /// small beside what it plans.
   private static let mostSets = 8
   private static let mostPairs = 1 << 21
+  /// A plan that takes this many times what no other can beat is good enough.
+  private static let enough = 1.005
 
   // MARK: Schedules
 
-  private mutating func coarse(_ volumes: Volumes) -> Choice {
+  private mutating func coarse(_ volumes: Volumes, _ moving: RowsBetween) -> Choice {
     let plan = Plan.coarse(workers: cluster.workers, shadows: volumes.shadows)
-    let costs = simulator.costs(plan.groups, volumes)
+    let costs = simulator.costs(plan.groups, volumes, moving)
     return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
   }
 
@@ -114,7 +117,7 @@ package struct Planner {
     volumes.fetchesAgain = true
     var plan = Plan.everyExpert(workers: cluster.workers, experts: traffic.experts)
     if request.schedule == .coarse { plan = plan.inSeries }
-    let costs = simulator.costs(plan.groups, volumes)
+    let costs = simulator.costs(plan.groups, volumes, volumes.moving)
     return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
   }
 
@@ -123,14 +126,17 @@ package struct Planner {
     var chosen = known
     let sizes = groupSizes(request)
     for volumes in sets {
-      if let chosen, chosen.seconds < volumes.least { break }
+      // Nothing that follows can take less than this.
+      func isEnough() -> Bool { chosen.map { $0.seconds < volumes.least * Planner.enough } ?? false }
+      if isEnough() { break }
+      let moving = volumes.moving
       if request.schedule != .pairwise, !volumes.shadows.isEmpty || known == nil {
-        let other = coarse(volumes)
+        let other = coarse(volumes, moving)
         if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
       }
-      for size in sizes {
+      for size in sizes where !isEnough() {
         let groups = Groups(workers: cluster.workers, size: size)
-        let other = pairwise(simulator.costs(groups, volumes), volumes, Planner.orders(volumes))
+        let other = pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
         if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
       }
     }
@@ -178,7 +184,7 @@ package struct Planner {
   }
 
   /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small
-  /// that rounds are too many to play.
+  /// that rounds are too many to play. The largest first: it has the fewest steps.
   private func groupSizes(_ request: PlanRequest) -> [Int] {
     let workers = cluster.workers
     guard request.schedule != .coarse else { return [] }
@@ -190,7 +196,7 @@ package struct Planner {
     return sizes.filter {
       let rounds = (workers + $0 - 1) / $0
       return rounds == 1 || (rounds <= mostRounds && rounds * traffic.experts <= Planner.mostCounts)
-    }.sorted()
+    }.sorted(by: >)
   }
 
   private static let manyWorkers = 64

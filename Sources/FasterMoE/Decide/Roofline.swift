@@ -5,6 +5,8 @@ package struct Roofline {
   /// Four collectives, each over its busiest directed link (eq. 2), and the copies of shadows. Latency of rows is left out,
   /// as in the paper.
   package let communicate: Seconds
+  /// Of the busiest directed link over the whole step, where rows come and go at the same time.
+  package let busiestLink: Seconds
   /// Of all workers.
   package let work: Flops
   package let workers: Int
@@ -14,8 +16,8 @@ package struct Roofline {
   /// R_CC as the computing of a step over its communicating, on which the semi-ideal line holds exactly.
   package var stepRatio: Double { communicate.value > 0 ? compute / communicate : .infinity }
 
-  /// Both perfectly overlapped: where P-bar = P·min(1, R_CC) for a balanced load (eq. 5).
-  package var ideal: Seconds { max(compute, communicate) }
+  /// All perfectly overlapped: where P-bar = P·min(1, R_CC) for a balanced load (eq. 5). No schedule is faster.
+  package var ideal: Seconds { max(compute, busiestLink) }
   /// One after the other: where P-bar = P·R_CC / (R_CC + 1) for a balanced load (eq. 6).
   package var semiIdeal: Seconds { compute + communicate }
   /// P-bar (eq. 4) of a step that takes `seconds`.
@@ -36,11 +38,15 @@ package struct Volumes {
   private let rows: [Int]
   /// [W] by seat: seconds of one compute.
   private var busy: [Double]
+  /// As if nothing were shadowed.
+  private let between: RowsBetween
   /// [1, nodes] and [1, peers] rows on their way to experts; they come back in the other direction.
   private var loads: LinkLoads
   /// [W] by seat: shadowed experts of each owner.
   private var shadowsOf: [Int]
   private(set) package var shadows: [Int] = []
+  /// [shadows, W] by seat: seconds of one compute of each worker's own rows.
+  private(set) package var shadowSeconds: [Double] = []
   /// What all copies take one after the other, as every schedule moves them.
   package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
   private var fetching = Seconds(0)
@@ -57,9 +63,8 @@ package struct Volumes {
       let seat = cluster.seats[traffic.owner(of: expert)]
       busy[seat] += shape.seconds(rows: rows[expert], at: cluster.curves[seat]).value
     }
-    loads = LinkLoads(
-      RowsBetween(traffic, on: cluster, without: []), on: cluster,
-      Groups(workers: cluster.workers, size: cluster.workers))
+    between = RowsBetween(traffic, on: cluster)
+    loads = LinkLoads(between, on: cluster, Groups(workers: cluster.workers, size: cluster.workers))
     shadowsOf = Array(repeating: 0, count: cluster.workers)
   }
 
@@ -68,15 +73,18 @@ package struct Volumes {
     busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.curves[owner]).value
     for seat in 0..<cluster.workers {
       let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
-      guard rows > 0 else { continue }
-      busy[seat] += shape.seconds(rows: rows, at: cluster.curves[seat]).value
-      if seat != owner { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
+      shadowSeconds.append(shape.seconds(rows: rows, at: cluster.curves[seat]).value)
+      busy[seat] += shadowSeconds[shadowSeconds.count - 1]
+      if seat != owner, rows > 0 { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
     }
     shadowsOf[owner] += 1
     fetching = fetching + fetching(from: owner)
     reducing = reducing + reducing(to: owner)
     shadows.append(expert)
   }
+
+  /// The rows that move.
+  package var moving: RowsBetween { between.without(shadows, of: traffic, on: cluster) }
 
   /// A broadcast does not go into its owner, a reduction not out of it.
   package func fetching(from owner: Int) -> Seconds {
@@ -85,12 +93,20 @@ package struct Volumes {
   package func reducing(to owner: Int) -> Seconds { cluster.around(shape.expertBytes, without: owner) }
 
   package var roofline: Roofline {
-    let busiest = busy.reduce(0, max)
+    Roofline(
+      compute: computing, communicate: communicating,
+      busiestLink: busiestLink {
+        bothWays(2 * $0, 2 * $1, copies: fetches(over: $2) * (fetchesAgain ? 2 : 1) + reduces(over: $2))
+      }, work: rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }, workers: cluster.workers)
+  }
+
+  /// One after the other.
+  package var serial: Seconds { computing + communicating }
+  private var computing: Seconds { Seconds(3 * busy.reduce(0, max)) }
+  private var communicating: Seconds {
     let there = busiestLink { up, down, _ in (up, down) }
     let back = busiestLink { up, down, _ in (down, up) }
-    let work = rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }
-    return Roofline(
-      compute: Seconds(3 * busiest), communicate: (there + back) * 2 + copying, work: work, workers: cluster.workers)
+    return (there + back) * 2 + copying
   }
 
   /// No schedule is faster than its busiest worker and its busiest link, which carries rows there and back.
@@ -131,26 +147,38 @@ package struct Volumes {
 }
 
 /// Rows from every worker to every other one's experts.
-struct RowsBetween {
-  let workers: Int
+package struct RowsBetween {
   /// [W, W] by seat.
   private(set) var rows: [Double]
 
-  /// Those of the experts that are `without` shadows, [E] or empty for none.
-  init(_ traffic: Traffic, on cluster: Cluster, without shadowed: [Bool]) {
-    workers = cluster.workers
-    rows = Array(repeating: 0, count: workers * workers)
-    let each = traffic.experts / workers
-    for seat in 0..<workers {
-      let counts = traffic.counts + cluster.ranks[seat] * traffic.experts
-      for owner in 0..<workers {
-        var sum = 0
-        for expert in owner * each..<(owner + 1) * each where shadowed.isEmpty || !shadowed[expert] {
-          sum += Int(counts[expert])
+  init(_ traffic: Traffic, on cluster: Cluster) {
+    let (workers, each) = (traffic.workers, traffic.experts / traffic.workers)
+    rows = [Double](unsafeUninitializedCapacity: workers * workers) { rows, count in
+      for seat in 0..<workers {
+        var next = traffic.counts + cluster.ranks[seat] * traffic.experts
+        for owner in 0..<workers {
+          var sum = 0
+          for expert in 0..<each { sum += Int(next[expert]) }
+          rows[seat * workers + cluster.seats[owner]] = Double(sum)
+          next += each
         }
-        rows[seat * workers + cluster.seats[owner]] = Double(sum)
+      }
+      count = workers * workers
+    }
+  }
+
+  /// Those that still move if some experts are shadowed.
+  func without(_ shadows: [Int], of traffic: Traffic, on cluster: Cluster) -> RowsBetween {
+    guard !shadows.isEmpty else { return self }
+    var left = self
+    for expert in shadows {
+      let owner = cluster.seats[traffic.owner(of: expert)]
+      for seat in 0..<traffic.workers {
+        left.rows[seat * traffic.workers + owner] -= Double(
+          traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
       }
     }
+    return left
   }
 }
 
@@ -178,10 +206,14 @@ struct LinkLoads {
       func flow(_ first: Int, _ end: Int, top: Int, group: Int) {
         let round = groups.round(from: own, to: group)
         var sum = 0.0
-        for target in first..<end {
-          let rows = between.rows[seat * workers + target]
-          down[round * nodes + target] += rows
-          sum += rows
+        down.withUnsafeMutableBufferPointer { down in
+          between.rows.withUnsafeBufferPointer { rows in
+            let (from, to) = (rows.baseAddress! + seat * workers, down.baseAddress! + round * nodes)
+            for target in first..<end {
+              to[target] += from[target]
+              sum += from[target]
+            }
+          }
         }
         up[round * nodes + seat] += sum
         up[round * nodes + top] -= sum

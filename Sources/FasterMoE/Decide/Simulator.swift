@@ -20,15 +20,15 @@ package struct Simulator {
     }
   }
 
-  /// What each step of any plan with these groups and shadows costs. O(W² + W·E + W·rounds).
-  package mutating func costs(_ groups: Groups, _ volumes: Volumes) -> StepCosts {
+  /// What each step of any plan with these groups and shadows costs; `moving` are the rows that move then.
+  /// O(W² + W·E + W·rounds).
+  package mutating func costs(_ groups: Groups, _ volumes: Volumes, _ moving: RowsBetween) -> StepCosts {
     let (workers, experts) = (cluster.workers, traffic.experts)
     var shadowed = [Bool](repeating: false, count: experts)
     for expert in volumes.shadows { shadowed[expert] = true }
     var costs = StepCosts(groups, leastForward: volumes.linkForward, leastBackward: volumes.linkBackward)
 
-    let between = RowsBetween(traffic, on: cluster, without: shadowed)
-    let loads = LinkLoads(between, on: cluster, groups)
+    let loads = LinkLoads(moving, on: cluster, groups)
     for round in 0..<groups.count {
       for group in 0..<groups.count {
         let target = groups.target(of: group, round: round)
@@ -52,11 +52,8 @@ package struct Simulator {
       let owner = cluster.seats[traffic.owner(of: expert)]
       costs.fetches.append(volumes.fetching(from: owner).value)
       costs.reduces.append(volumes.reducing(to: owner).value)
-      for seat in 0..<workers {
-        let rows = Int(traffic.counts[cluster.ranks[seat] * experts + expert])
-        costs.shadows.append(shape.seconds(rows: rows, at: cluster.curves[seat]).value)
-      }
     }
+    costs.shadows = volumes.shadowSeconds
     return costs
   }
 
@@ -65,18 +62,27 @@ package struct Simulator {
     if let known = roundSeconds[groups.size] { return known }
     let (workers, experts) = (cluster.workers, traffic.experts)
     let each = experts / workers
-    var rows = [Int](repeating: 0, count: groups.count * experts)
-    for seat in 0..<workers {
-      let counts = traffic.counts + cluster.ranks[seat] * experts
-      for owner in 0..<workers {
-        let round = groups.round(from: groups.group(of: seat), to: groups.group(of: cluster.seats[owner]))
-        for expert in owner * each..<(owner + 1) * each { rows[round * experts + expert] += Int(counts[expert]) }
+    // Neighbouring ranks whose experts are in one group.
+    let groupOf = cluster.seats.map { groups.group(of: $0) }
+    let starts = (0..<workers).filter { $0 == 0 || groupOf[$0] != groupOf[$0 - 1] }
+    let runs = zip(starts, starts.dropFirst() + [workers]).map {
+      (first: $0 * each, count: ($1 - $0) * each, owner: $0)
+    }
+    var rows = [UInt32](repeating: 0, count: groups.count * experts)
+    rows.withUnsafeMutableBufferPointer { rows in
+      for source in 0..<workers {
+        for run in runs {
+          let round = groups.round(from: groupOf[source], to: groupOf[run.owner])
+          let sums = rows.baseAddress! + round * experts + run.first
+          let counts = traffic.counts + source * experts + run.first
+          for expert in 0..<run.count { sums[expert] &+= counts[expert] }
+        }
       }
     }
     var seconds = [Double](repeating: 0, count: rows.count)
     for (place, count) in rows.enumerated() where count > 0 {
       let seat = cluster.seats[traffic.owner(of: place % experts)]
-      seconds[place] = shape.seconds(rows: count, at: cluster.curves[seat]).value
+      seconds[place] = shape.seconds(rows: Int(count), at: cluster.curves[seat]).value
     }
     roundSeconds[groups.size] = seconds
     return seconds
@@ -158,40 +164,65 @@ package struct StepCosts {
   }
 
   package func forward(_ steps: [Step], slowdown: Double) -> Seconds {
-    max(leastForward, Timeline(steps, self, slowdown: slowdown).end)
+    max(leastForward, Timeline(steps, self, slowdown: slowdown, keeping: .needed).end)
   }
   package func backward(_ steps: [Step], slowdown: Double) -> Seconds {
-    max(leastBackward, Timeline(steps, self, slowdown: slowdown).end)
+    max(leastBackward, Timeline(steps, self, slowdown: slowdown, keeping: .needed).end)
   }
 }
 
 /// When every worker begins and ends every step of one trip.
 package struct Timeline {
+  package enum Keeping { case everything, needed }
   package let workers: Int
-  /// [steps, W] by seat, in seconds from the beginning of the trip.
+  /// [steps, W] by seat, in seconds from the beginning of the trip; only while they are needed if that is all to keep.
   package private(set) var starts: [Double]
   package private(set) var ends: [Double]
+  /// When the last worker has done its last step.
   package private(set) var end = Seconds(0)
 
   /// O(steps·W).
-  package init(_ steps: [Step], _ costs: StepCosts, slowdown: Double) {
-    let workers = costs.groups.workers
-    self.workers = workers
-    starts = Array(repeating: 0, count: steps.count * workers)
+  package init(_ steps: [Step], _ costs: StepCosts, slowdown: Double, keeping: Keeping) {
+    workers = costs.groups.workers
+    // What slows computing down is looked up later.
+    let rows = slowdown > 1 || keeping == .everything ? Array(steps.indices) : Timeline.rowsNeeded(steps)
+    starts = Array(repeating: 0, count: ((rows.max() ?? -1) + 1) * workers)
     ends = starts
+    var last = 0.0
     starts.withUnsafeMutableBufferPointer { starts in
       ends.withUnsafeMutableBufferPointer { ends in
-        var player = Player(steps, costs, slowdown: slowdown, starts, ends)
+        var player = Player(steps, costs, slowdown: slowdown, rows, starts, ends)
         for index in steps.indices { player.play(index) }
+        last = max(player.talking.reduce(0, max), player.computing.reduce(0, max))
       }
     }
-    end = Seconds(ends.reduce(0, max))
+    end = Seconds(last)
+  }
+
+  /// The row of each step's times, or -1 if no later step waits for it; a row serves again once nobody waits any more.
+  private static func rowsNeeded(_ steps: [Step]) -> [Int] {
+    var lastUse = Array(repeating: -1, count: steps.count)
+    for (index, step) in steps.enumerated() where step.after >= 0 { lastUse[step.after] = index }
+    var (rows, free, count) = (lastUse, [Int](), 0)
+    for (index, step) in steps.enumerated() {
+      // Taken before the other is given back: a step reads and writes its times worker by worker.
+      if lastUse[index] >= 0 {
+        if free.isEmpty {
+          free.append(count)
+          count += 1
+        }
+        rows[index] = free.removeLast()
+      }
+      if step.after >= 0, lastUse[step.after] == index { free.append(rows[step.after]) }
+    }
+    return rows
   }
 
   private struct Player {
     let steps: [Step]
     let costs: StepCosts
     let slowdown: Double
+    let rows: [Int]
     let starts, ends: UnsafeMutableBufferPointer<Double>
     /// [W] when each lane has done its steps so far.
     var talking, computing: [Double]
@@ -202,10 +233,11 @@ package struct Timeline {
     var firstTalk: [Int]
 
     init(
-      _ steps: [Step], _ costs: StepCosts, slowdown: Double, _ starts: UnsafeMutableBufferPointer<Double>,
-      _ ends: UnsafeMutableBufferPointer<Double>
+      _ steps: [Step], _ costs: StepCosts, slowdown: Double, _ rows: [Int],
+      _ starts: UnsafeMutableBufferPointer<Double>, _ ends: UnsafeMutableBufferPointer<Double>
     ) {
-      (self.steps, self.costs, self.slowdown, self.starts, self.ends) = (steps, costs, slowdown, starts, ends)
+      (self.steps, self.costs, self.slowdown, self.rows) = (steps, costs, slowdown, rows)
+      (self.starts, self.ends) = (starts, ends)
       talking = Array(repeating: 0, count: costs.groups.workers)
       computing = talking
       groupReady = Array(repeating: 0, count: costs.groups.count)
@@ -230,7 +262,7 @@ package struct Timeline {
     @inline(__always)
     private func ready(_ lane: [Double], _ index: Int, _ seat: Int) -> Double {
       let after = steps[index].after
-      return after < 0 ? lane[seat] : max(lane[seat], ends[after * lane.count + seat])
+      return after < 0 ? lane[seat] : max(lane[seat], ends[rows[after] * lane.count + seat])
     }
 
     /// Every group with the one it sends to and the one it receives from, where anything moves.
@@ -305,8 +337,9 @@ package struct Timeline {
 
     @inline(__always)
     private func finish(_ index: Int, _ seat: Int, _ start: Double, _ end: Double) {
-      starts[index * computing.count + seat] = start
-      ends[index * computing.count + seat] = end
+      guard rows[index] >= 0 else { return }
+      starts[rows[index] * computing.count + seat] = start
+      ends[rows[index] * computing.count + seat] = end
     }
   }
 }

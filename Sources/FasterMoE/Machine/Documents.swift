@@ -20,7 +20,8 @@ package enum Documents {
     } catch let failure as Failure {
       throw failure
     } catch {
-      throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
+      var syntax = Syntax(data)
+      throw Failure(.file, "\(String(cString: path)): \(syntax.complaint ?? reason(of: error))")
     }
   }
 
@@ -103,9 +104,10 @@ package enum Documents {
     case DecodingError.keyNotFound(let key, let context): "\(place(context.codingPath))lacks \"\(key.stringValue)\""
     case DecodingError.typeMismatch(_, let context), DecodingError.valueNotFound(_, let context):
       "\(place(context.codingPath))is not what it should be: \(context.debugDescription)"
-    case DecodingError.dataCorrupted(let context):
-      "\(place(context.codingPath))\(context.debugDescription)"
-        + (context.underlyingError.map { " \($0)" } ?? "")
+    // Well-formed, but a number is beyond what a Double holds: the decoder's words are about all of the document.
+    case DecodingError.dataCorrupted(let context) where context.codingPath.isEmpty:
+      "has a number that is malformed or out of range"
+    case DecodingError.dataCorrupted(let context): "\(place(context.codingPath))\(context.debugDescription)"
     default: "\(error)"
     }
   }
@@ -173,5 +175,66 @@ private enum Skeleton: Decodable {
     default: break
     }
     return nil
+  }
+}
+
+/// Finds where a text stops being JSON, which the decoder keeps to itself.
+private struct Syntax {
+  private let text: [UInt8]
+  private var at = 0
+
+  init(_ data: Data) { text = Array(data) }
+
+  /// Where and what, or nil for JSON.
+  var complaint: String? {
+    mutating get {
+      at = 0
+      let isValue = value(depth: 0)
+      space()
+      if isValue && at == text.count { return nil }
+      guard at < text.count else { return "is not JSON: it ends too early" }
+      let line = 1 + text[..<at].count { $0 == UInt8(ascii: "\n") }
+      let rest = String(decoding: text[at...].prefix { $0 != UInt8(ascii: "\n") }.prefix(30), as: UTF8.self)
+      return "is not JSON: line \(line) is wrong at `\(rest)`"
+    }
+  }
+
+  private mutating func space() { while at < text.count, [9, 10, 13, 32].contains(text[at]) { at += 1 } }
+
+  private mutating func take(_ byte: Unicode.Scalar) -> Bool {
+    space()
+    guard at < text.count, text[at] == UInt8(ascii: byte) else { return false }
+    at += 1
+    return true
+  }
+
+  private mutating func value(depth: Int) -> Bool {
+    guard depth < 500 else { return false }
+    if take("{") { return list(until: "}") { $0.string() && $0.take(":") && $0.value(depth: depth + 1) } }
+    if take("[") { return list(until: "]") { $0.value(depth: depth + 1) } }
+    if at < text.count, text[at] == UInt8(ascii: "\"") { return string() }
+    let start = at
+    while at < text.count, text[at] > 32, !",:{}[]\"".utf8.contains(text[at]) { at += 1 }
+    let word = String(decoding: text[start..<at], as: UTF8.self)
+    if ["true", "false", "null"].contains(word) || Double(word).map({ $0 == $0 && !word.contains("n") }) ?? false {
+      return true
+    }
+    at = start
+    return false
+  }
+
+  private mutating func list(until end: Unicode.Scalar, _ element: (inout Syntax) -> Bool) -> Bool {
+    if take(end) { return true }
+    repeat { guard element(&self) else { return false } } while take(",")
+    return take(end)
+  }
+
+  private mutating func string() -> Bool {
+    guard take("\"") else { return false }
+    while at < text.count, text[at] != UInt8(ascii: "\""), text[at] >= 32 {
+      at += text[at] == UInt8(ascii: "\\") ? 2 : 1
+    }
+    at = min(at, text.count)
+    return take("\"")
   }
 }
