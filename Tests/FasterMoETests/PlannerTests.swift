@@ -132,4 +132,440 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       #expect(try planner.plan(request).report.shadows == shadows.count)
     }
   }
+
+  /// Gathers and sums all parameters three times, each over its link 2 n-1/n times: 120.8 ms on johnny by the formula,
+  /// which counts a share of the ring that broadcasts one by one do not save.
+  @Test func zeroTakesWhatItsCollectivesTake() throws {
+    let batch = Batch.flat(workers: 16, rows: 2048)
+    var planner = Planner(batch.traffic, try paperShape(1024, on: johnny), on: johnny)
+    var request = PlanRequest()
+    request.shadowing = .everyExpert
+    let seconds = try planner.plan(request).report.planned.value * 1e3
+    #expect(seconds > 120.8 && seconds < 120.8 * 16 / 15 + 4, "\(seconds)")
+  }
+
+  // MARK: Random clusters and batches
+
+  /// Hosts of some workers each, ranks dealt out in any order, links of any speed, now and then a peer link.
+  private static func randomCluster(_ numbers: inout Numbers, workers: Int, latency: Double = 1e-5) throws -> Cluster {
+    func number(_ low: Double, _ high: Double) -> Double { low + (high - low) * Double(numbers.next() + 1) / 2 }
+    func link() -> Cluster.Document.Link {
+      Cluster.Document.Link(bandwidth: numbers.below(5) == 0 ? nil : number(1e8, 2e9), latency: latency * number(0, 1))
+    }
+    var document = Cluster.Document()
+    document.places = [.init(name: "root")]
+    let hosts = 1 + numbers.below(4)
+    for host in 0..<hosts { document.places.append(.init(name: "h\(host)", in: "root", up: link(), down: link())) }
+    for worker in 0..<workers {
+      document.workers.append(
+        .init(
+          name: "w\(worker)", in: "h\(numbers.below(hosts))", up: link(), down: link(),
+          flops: [.init(rows: 1, rate: 1e9), .init(rows: 50, rate: number(2e10, 5e10))]))
+    }
+    if workers > 2 && numbers.below(2) == 0 {
+      document.peers = [.init(from: "w0", to: "w\(1 + numbers.below(workers - 1))", there: link(), back: link())]
+    }
+    return try Cluster(document)
+  }
+
+  private static func randomBatch(_ numbers: inout Numbers, workers: Int, experts: Int) -> Batch {
+    let skew = numbers.below(4)
+    return Batch(
+      (0..<workers).map { _ in
+        (0..<experts).map { $0 < skew ? numbers.below(900) : max(0, numbers.below(60) - 10) }
+      })
+  }
+
+  /// `body` for many clusters, batches and shapes.
+  private static func withRandom(
+    _ stream: UInt64, times: Int = 40, latency: Double = 1e-5,
+    _ body: (inout Numbers, Cluster, Batch, Shape) throws -> Void
+  ) throws {
+    var numbers = Numbers(stream)
+    for _ in 0..<times {
+      let workers = 1 + numbers.below(9)
+      let experts = workers * (1 + numbers.below(3))
+      let cluster = try randomCluster(&numbers, workers: workers, latency: latency)
+      let batch = randomBatch(&numbers, workers: workers, experts: experts)
+      let shape = try Shape(model: 64, hidden: 128, experts: experts, choices: 1, activation: .gelu)
+      try body(&numbers, cluster, batch, shape)
+    }
+  }
+
+  private static func randomPlan(_ numbers: inout Numbers, workers: Int, experts: Int) -> Plan {
+    let shadows = (0..<experts).filter { _ in numbers.below(4) == 0 }
+    func order() -> Order {
+      Order(
+        shadows: Order.Shadows.allCases[numbers.below(2)], rows: Order.Rows.allCases[numbers.below(2)],
+        returns: Order.Returns.allCases[numbers.below(2)])
+    }
+    switch numbers.below(6) {
+    case 0: return .coarse(workers: workers, shadows: shadows)
+    case 1: return .everyExpert(workers: workers, experts: experts)
+    case 2: return Plan.everyExpert(workers: workers, experts: experts).inSeries
+    default:
+      let groups = Groups(workers: workers, size: 1 + numbers.below(workers))
+      return .pairwise(groups, shadows: shadows, forward: order(), backward: order())
+    }
+  }
+
+  @Test func seatsFollowTheTree() throws {
+    try Self.withRandom(31) { _, cluster, _, _ in
+      #expect(cluster.ranks.sorted() == Array(0..<cluster.workers))
+      for rank in 0..<cluster.workers { #expect(cluster.ranks[cluster.seats[rank]] == rank) }
+      for node in cluster.nodes {
+        #expect(cluster.nodes[node.parent].seats.contains(node.seats.lowerBound) || node.seats.isEmpty)
+      }
+      for a in 0..<cluster.workers {
+        for b in 0..<cluster.workers {
+          let top = cluster.meeting(a, b)
+          #expect(cluster.nodes[top].seats.contains(a) && cluster.nodes[top].seats.contains(b))
+          #expect(a != b || top == a, "the lowest")
+        }
+      }
+    }
+  }
+
+  /// Every round's loads equal the sum over all flows of the links that each one walks.
+  @Test func loadsEqualEveryFlowForItself() throws {
+    try Self.withRandom(32) { numbers, cluster, batch, _ in
+      let groups = Groups(workers: cluster.workers, size: 1 + numbers.below(cluster.workers))
+      let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(3) == 0 }
+      let moving = RowsBetween(batch.traffic, on: cluster).without(shadows, of: batch.traffic, on: cluster)
+      let loads = LinkLoads(moving, on: cluster, groups)
+      var (up, down, peers) = (loads.up.map { _ in 0.0 }, loads.down.map { _ in 0.0 }, loads.peers.map { _ in 0.0 })
+      var sent = loads.sent.map { _ in 0.0 }
+      for source in 0..<cluster.workers {
+        for target in 0..<cluster.workers where target != source {
+          let owner = cluster.ranks[target]
+          let rows = batch.traffic.owned(by: owner).filter { !shadows.contains($0) }.reduce(0.0) {
+            $0 + Double(batch.traffic.counts[cluster.ranks[source] * batch.traffic.experts + $1])
+          }
+          let (from, to) = (groups.group(of: source), groups.group(of: target))
+          let round = groups.round(from: from, to: to)
+          #expect(groups.target(of: from, round: round) == to && groups.source(of: to, round: round) == from)
+          sent[round * groups.count + from] += rows
+          cluster.walk(
+            from: source, to: target, up: { up[round * cluster.nodes.count + $0] += rows },
+            down: { down[round * cluster.nodes.count + $0] += rows },
+            peer: { peers[round * cluster.peers.count + $0] += rows })
+        }
+      }
+      #expect(loads.up == up && loads.down == down && loads.peers == peers && loads.sent == sent)
+    }
+  }
+
+  /// Everything that a batch needs is done once, after what it needs.
+  @Test func plansAreWhole() throws {
+    try Self.withRandom(33, times: 200) { numbers, cluster, batch, _ in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      let refetches = plan.backward.contains { $0.action == .fetch(shadow: 0) }
+      for (steps, isBackward) in [(plan.forward, false), (plan.backward, true)] {
+        var place: [Int: Int] = [:]
+        func index(_ action: Action) -> Int? { steps.firstIndex { $0.action == action } }
+        for (at, step) in steps.enumerated() {
+          #expect(step.after < at && index(step.action) == at, "once, and after what stands before it")
+          if step.after >= 0 { #expect(steps[step.after].action.communicates != step.action.communicates) }
+          place[at] = at
+        }
+        /// `first` is over on a worker before it begins `then`, by lanes and dependencies alone.
+        func precedes(_ first: Action, _ then: Action) -> Bool {
+          guard let from = index(first), let to = index(then) else { return false }
+          var reached = [to], seen = Set<Int>()
+          while let at = reached.popLast() {
+            if at == from { return true }
+            guard seen.insert(at).inserted else { continue }
+            if steps[at].after >= 0 { reached.append(steps[at].after) }
+            let lane = steps[at].action.communicates
+            if let before = steps[..<at].lastIndex(where: { $0.action.communicates == lane }) { reached.append(before) }
+          }
+          return false
+        }
+        let moves = plan.shadows.count < batch.traffic.experts || steps.contains { $0.action == .compute(round: 0) }
+        for round in 0..<(moves ? plan.groups.count : 0) {
+          #expect(index(.compute(round: round)) != nil)
+          guard round > 0 || plan.groups.size > 1 else { continue }
+          #expect(precedes(.send(round: round), .compute(round: round)))
+          #expect(precedes(.compute(round: round), .giveBack(round: round)))
+          if isBackward { #expect(precedes(.compute(round: round), .gradWeights)) }
+        }
+        for shadow in plan.shadows.indices {
+          if !isBackward || refetches { #expect(precedes(.fetch(shadow: shadow), .computeShadow(shadow))) }
+          if isBackward {
+            #expect(precedes(.computeShadow(shadow), .gradShadowWeights(shadow)))
+            #expect(precedes(.gradShadowWeights(shadow), .reduce(shadow: shadow)))
+            if refetches && shadow >= 2 { #expect(precedes(.gradShadowWeights(shadow - 2), .fetch(shadow: shadow))) }
+          } else if refetches && shadow >= 2 {
+            #expect(precedes(.computeShadow(shadow - 2), .fetch(shadow: shadow)))
+          }
+        }
+      }
+    }
+  }
+
+  /// Workers that play a plan at any pace, each waiting for its partners at every step, all come to its end.
+  @Test func nobodyWaitsForWhatCannotCome() throws {
+    try Self.withRandom(34, times: 100) { numbers, cluster, batch, _ in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      for steps in [plan.forward, plan.backward] {
+        let lanes = [true, false].map { lane in steps.indices.filter { steps[$0].action.communicates == lane } }
+        var next = Array(repeating: [0, 0], count: cluster.workers)
+        var done = Array(repeating: Set<Int>(), count: cluster.workers)
+        func reached(_ seat: Int, _ lane: Int, _ step: Int) -> Bool {
+          next[seat][lane] < lanes[lane].count && lanes[lane][next[seat][lane]] == step
+            && (steps[step].after < 0 || done[seat].contains(steps[step].after))
+        }
+        func partners(_ seat: Int, _ action: Action) -> [Int] {
+          let group = plan.groups.group(of: seat)
+          switch action {
+          case .send(let round), .giveBack(let round):
+            return [plan.groups.target(of: group, round: round), plan.groups.source(of: group, round: round)].flatMap {
+              Array(plan.groups.seats(of: $0))
+            }
+          case .fetch, .reduce: return Array(0..<cluster.workers)
+          default: return []
+          }
+        }
+        var moved = true
+        while moved {
+          moved = false
+          for _ in 0..<cluster.workers * 4 {
+            let (seat, lane) = (numbers.below(cluster.workers), numbers.below(2))
+            guard next[seat][lane] < lanes[lane].count else { continue }
+            let step = lanes[lane][next[seat][lane]]
+            // A partner that is past the step has done its part of it.
+            let met = partners(seat, steps[step].action).allSatisfy {
+              done[$0].contains(step) || reached($0, lane, step)
+            }
+            guard reached(seat, lane, step), met else { continue }
+            done[seat].insert(step)
+            next[seat][lane] += 1
+            moved = true
+          }
+        }
+        // The dice may miss those who could go on; then everyone is asked in turn.
+        var goes = true
+        while goes {
+          goes = false
+          for seat in 0..<cluster.workers {
+            for lane in 0..<2 where next[seat][lane] < lanes[lane].count {
+              let step = lanes[lane][next[seat][lane]]
+              let met = partners(seat, steps[step].action).allSatisfy {
+                done[$0].contains(step) || reached($0, lane, step)
+              }
+              guard reached(seat, lane, step), met else { continue }
+              done[seat].insert(step)
+              next[seat][lane] += 1
+              goes = true
+            }
+          }
+        }
+        #expect(done.allSatisfy { $0.count == steps.count })
+      }
+    }
+  }
+
+  // MARK: Virtual time
+
+  /// Seconds of a plan, forward and backward.
+  private static func seconds(_ plan: Plan, _ batch: Batch, _ shape: Shape, _ cluster: Cluster) -> Double {
+    var volumes = Volumes(batch.traffic, shape, on: cluster)
+    for expert in plan.shadows { volumes.shadow(expert) }
+    volumes.fetchesAgain = plan.backward.contains { $0.action == .fetch(shadow: 0) }
+    var simulator = Simulator(batch.traffic, shape, on: cluster)
+    let costs = simulator.costs(plan.groups, volumes, volumes.moving)
+    for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
+      // Every step at its end, whoever keeps only what is needed gets there at the same time.
+      let timeline = Timeline(steps, costs, slowdown: cluster.slowdown, keeping: .everything)
+      #expect(timeline.ends.reduce(0, max) == timeline.end.value)
+      #expect(zip(timeline.starts, timeline.ends).allSatisfy { $0 <= $1 })
+      #expect(least(steps, cluster.slowdown) >= timeline.end)
+    }
+    return
+      (costs.forward(plan.forward, slowdown: cluster.slowdown)
+      + costs.backward(plan.backward, slowdown: cluster.slowdown)).value
+  }
+
+  /// Rounding of sums of some hundred terms.
+  private static let rounding = 1e-12
+
+  @Test func coarseIsComputingPlusCommunicating() throws {
+    try Self.withRandom(35, latency: 0) { numbers, cluster, batch, shape in
+      let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(5) == 0 }
+      var volumes = Volumes(batch.traffic, shape, on: cluster)
+      for expert in shadows { volumes.shadow(expert) }
+      let expected = volumes.roofline.semiIdeal.value
+      let got = Self.seconds(.coarse(workers: cluster.workers, shadows: shadows), batch, shape, cluster)
+      #expect(abs(got - expected) <= Self.rounding * expected, "\(got), not \(expected)")
+    }
+  }
+
+  @Test func fasterLinksAreNeverSlower() throws {
+    try Self.withRandom(36) { numbers, cluster, batch, shape in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      var document = cluster.document
+      let place = 1 + numbers.below(document.places.count - 1)
+      document.places[place].up?.bandwidth = nil
+      document.workers[0].down?.latency = 0
+      let faster = try Cluster(document)
+      let (before, after) = (
+        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, faster)
+      )
+      #expect(after <= before * (1 + Self.rounding))
+    }
+  }
+
+  @Test func twiceTheBytesAtTwiceTheRateTakeTheSameTime() throws {
+    try Self.withRandom(37) { numbers, cluster, batch, shape in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      func twice(_ link: inout Cluster.Document.Link?) { link?.bandwidth? *= 2 }
+      var document = cluster.document
+      for place in document.places.indices {
+        twice(&document.places[place].up)
+        twice(&document.places[place].down)
+      }
+      for worker in document.workers.indices {
+        twice(&document.workers[worker].up)
+        twice(&document.workers[worker].down)
+        // A model twice as wide has twice the bytes a row and an expert, and twice the flops.
+        document.workers[worker].flops = document.workers[worker].flops.map { .init(rows: $0.rows, rate: $0.rate * 2) }
+      }
+      for peer in (document.peers ?? []).indices {
+        document.peers![peer].there.bandwidth? *= 2
+        twice(&document.peers![peer].back)
+      }
+      let wide = try Shape(model: 128, hidden: 128, experts: shape.experts, choices: 1, activation: .gelu)
+      let (before, after) = (
+        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, wide, try Cluster(document))
+      )
+      #expect(abs(after - before) <= Self.rounding * before)
+    }
+  }
+
+  @Test func slowdownCountsWhileMessagesMove() throws {
+    try Self.withRandom(38) { numbers, cluster, batch, shape in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      var document = cluster.document
+      document.slowdown = 1.5
+      let (before, after) = (
+        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, try Cluster(document))
+      )
+      #expect(after >= before * (1 - Self.rounding) && after <= 1.5 * before * (1 + Self.rounding))
+      let coarse = Plan.coarse(workers: cluster.workers, shadows: [])
+      let (alone, slowed) = (
+        Self.seconds(coarse, batch, shape, cluster), Self.seconds(coarse, batch, shape, try Cluster(document))
+      )
+      #expect(cluster.workers == 1 || slowed <= alone * (1 + Self.rounding), "nothing overlaps, nothing is slower")
+    }
+  }
+
+  // MARK: Planning
+
+  @Test func plansAreNeverSlowerThanPlain() throws {
+    try Self.withRandom(39, times: 150) { _, cluster, batch, shape in
+      var (planner, another) = (
+        Planner(batch.traffic, shape, on: cluster), Planner(batch.traffic, shape, on: cluster)
+      )
+      let (plan, report) = try planner.plan(PlanRequest())
+      #expect(report.planned <= report.plain && report.ideal.value <= report.planned.value * (1 + Self.rounding))
+      #expect(report.shadows == plan.shadows.count && report.steps == plan.forward.count + plan.backward.count)
+      #expect(try another.plan(PlanRequest()).plan == plan, "the same values, the same plan")
+      #expect(abs(Self.seconds(plan, batch, shape, cluster) - report.planned.value) <= Self.rounding)
+    }
+  }
+
+  /// Against every set of shadows, group size and order.
+  @Test func plansAreNearlyTheBestThereAre() throws {
+    try Self.withRandom(40, times: 30) { _, cluster, batch, shape in
+      let (workers, experts) = (cluster.workers, batch.traffic.experts)
+      guard experts <= 6 else { return }
+      var least = Double.infinity
+      for set in 0..<1 << experts {
+        let shadows = (0..<experts).filter { set >> $0 & 1 == 1 }
+        for size in 1...workers {
+          for shadowOrder in Order.Shadows.allCases {
+            for rows in Order.Rows.allCases {
+              let order = Order(shadows: shadowOrder, rows: rows)
+              let plan = Plan.pairwise(
+                Groups(workers: workers, size: size), shadows: shadows, forward: order, backward: order)
+              least = min(least, Self.seconds(plan, batch, shape, cluster))
+            }
+          }
+        }
+      }
+      var planner = Planner(batch.traffic, shape, on: cluster)
+      let planned = try planner.plan(PlanRequest()).report.planned.value
+      // Prefixes of one order are not all sets.
+      #expect(planned <= 1.15 * least, "\(planned) s, but \(least) s can be done")
+    }
+  }
+
+  @Test func shadowsWhereTheyPayAndNowhereElse() throws {
+    let flat = Batch.flat(workers: 16, rows: 2048)
+    let shape = try paperShape(1024, on: johnny)
+    var planner = Planner(flat.traffic, shape, on: johnny)
+    #expect(try planner.plan(PlanRequest()).plan.shadows.isEmpty, "balanced, and copies are costly")
+    let one = Batch(Array(repeating: [2048] + Array(repeating: 0, count: 15), count: 16))
+    var document = johnny.document
+    for place in document.places.indices { document.places[place].up = nil }
+    for worker in document.workers.indices { document.workers[worker].up = nil }
+    let free = try Cluster(document)
+    planner = Planner(one.traffic, shape, on: free)
+    let (plan, report) = try planner.plan(PlanRequest())
+    #expect(plan.shadows == [0] && abs(report.planned.value * 16 - report.plain.value) < 1e-9)
+    #expect(report.computeOverCommunicate == .infinity)
+    // Four experts at a fifth each: one alone does not pay, all four do, which Algorithm 1 does not find.
+    let four = Batch(Array(repeating: Array(repeating: 410, count: 4) + Array(repeating: 34, count: 12), count: 16))
+    planner = Planner(four.traffic, shape, on: johnny)
+    var paper = PlanRequest()
+    paper.shadowing = .paper
+    let (ours, theirs) = (try planner.plan(PlanRequest()), try planner.plan(paper))
+    #expect(ours.plan.shadows.sorted() == [0, 1, 2, 3] && ours.report.planned <= theirs.report.planned)
+  }
+
+  @Test func requestsAreHonoured() throws {
+    try Self.withRandom(41, times: 20) { numbers, cluster, batch, shape in
+      let experts = batch.traffic.experts
+      var planner = Planner(batch.traffic, shape, on: cluster)
+      for schedule in [PlanRequest.Schedule.best, .coarse, .pairwise] {
+        var request = PlanRequest()
+        request.schedule = schedule
+        request.shadowing = .given
+        request.shadows = (0..<experts).filter { _ in numbers.below(2) == 0 }
+        let given = try planner.plan(request).plan
+        #expect(given.shadows == request.shadows)
+        request.shadowing = .paper
+        #expect(try planner.plan(request).plan.shadows == Shadowing.paper(batch.traffic, shape, on: cluster).experts)
+        request.shadowing = .never
+        request.groupSize = 1 + numbers.below(cluster.workers + 2)
+        let plan = try planner.plan(request).plan
+        #expect(plan.shadows.isEmpty)
+        if schedule == .pairwise { #expect(plan.groups.size == min(request.groupSize, cluster.workers)) }
+        if schedule == .coarse { #expect(plan == .coarse(workers: cluster.workers, shadows: [])) }
+        request.shadowing = .everyExpert
+        #expect(try planner.plan(request).plan.shadows == Array(0..<experts))
+        request.groupSize = -1
+        #expect(throws: Failure.self) { try planner.plan(request) }
+      }
+    }
+  }
+
+  @Test func documentsComeBackAsTheyWent() throws {
+    let path = FileManager.default.temporaryDirectory.appending(path: "fastermoe-\(getpid()).json").path
+    defer { try? FileManager.default.removeItem(atPath: path) }
+    try Self.withRandom(42, times: 20) { _, cluster, _, _ in
+      try Documents.write(cluster.document, to: path)
+      #expect(try Documents.read(Cluster.Document.self, from: path) == cluster.document)
+    }
+  }
+
+  @Test func curvesLieBetweenTheirSamples() {
+    let rates: [Double] = [1, 2, 4, 8, 9, 10]
+    let measured = ComputeRates([FlopRate(1), FlopRate(2), FlopRate(4), FlopRate(8), FlopRate(9), FlopRate(10)])
+    let curve = RateCurve(
+      (0..<6).map { RateCurve.Sample(rows: ComputeRates.sampledRows[$0], rate: FlopRate(rates[$0])) })
+    for rows in 1..<700 { #expect(curve.rate(rows: rows) == measured.rate(rows: rows)) }
+    #expect(RateCurve([.init(rows: 7, rate: FlopRate(3))]).rate(rows: 1).value == 3)
+    #expect(curve.peak.value == 10)
+  }
 }
