@@ -69,11 +69,11 @@ workers_agree() {
   done
 }
 
-# The C program that the README shows, taken from the README.
+# The C program that the README shows first, taken from the README.
 readme_program() {
   local out=.build/readme
   mkdir -p "$out"
-  awk '/^```c$/ {inside = 1; next} /^```$/ {inside = 0} inside' README.md >"$out/step.c"
+  awk '/^```c$/ {inside = 1; next} /^```$/ {if (inside) exit} inside' README.md >"$out/step.c"
   [ -s "$out/step.c" ] || { echo "README.md shows no C program"; return 1; }
   PKG_CONFIG_PATH=$prefix/lib/pkgconfig
   export PKG_CONFIG_PATH

@@ -427,6 +427,53 @@ static void run_plans(crew *c, int32_t rank, void *context) {
   batch_free(&unplanned);
 }
 
+/* Any schedule, any set of shadows and any group size: the same outputs bit for bit, gradients to rounding. */
+static void run_any_plan(crew *c, int32_t rank, void *context) {
+  scene *at = context;
+  const oracle *o = at->all.s->part[rank];
+  uint8_t shadows[64];
+  uint64_t dice = seed; /* the same on all ranks */
+  make_layer(c, rank, &at->all);
+  fmoe_layer *layer = at->all.layer[rank];
+  batch unplanned = run(layer, o);
+  for (int turn = 0; turn < (small ? 6 : 14); turn++) {
+    /* None, the first (which is hot), all, all fetched again for backward, then any. */
+    for (int64_t e = 0; e < o->experts; e++)
+      shadows[e] = turn < 4 ? turn >= 2 && (turn == 3 || e == 0) : uniform(&dice) < 0.4;
+    fmoe_plan_options plan = {.struct_size = sizeof plan, .shadowing = turn == 4 || turn == 5 ? 4 : 2, .shadows = shadows,
+                              .schedule = turn % 2 ? 2 : (int32_t)(uniform(&dice) * 3),
+                              .group_size = (int32_t)(uniform(&dice) * (c->ranks + 1))};
+    batch b = batch_of(o, layer);
+    EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
+    begin(&b, layer);
+    EXPECT(FMOE_OK, fmoe_plan(b.pass, &plan, NULL));
+    forward(&b), backward(&b);
+    EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer));
+    read_gradients(&b, layer);
+    check_batch("any plan", &b, o);
+    CHECK(!o->tokens || !memcmp(b.y, unplanned.y, (size_t)(o->tokens * o->model) * sizeof *b.y),
+          "outputs change with schedule %d, groups of %d, turn %d", plan.schedule, plan.group_size, turn);
+    batch_free(&b);
+  }
+  batch_free(&unplanned);
+}
+
+static void test_any_plan(void) {
+  static const int64_t even[8] = {20, 20, 20, 20, 20, 20, 20, 20}, uneven[8] = {90, 0, 31, 1, 7, 0, 15, 64};
+  for (int32_t ranks = 1; ranks <= (small ? 2 : 8); ranks *= 2)
+    for (int way = 0; way < WAYS; way++)
+      for (int routing = 0; routing < ROUTINGS; routing++)
+        for (int gated = 0; gated < 2; gated++) {
+          const shape shape = {.k = 2, .E = 8, .d = 36, .h = 20, .activation = gated ? FMOE_SWIGLU : FMOE_GELU};
+          crew *c = crew_of(ranks, way);
+          scene at = {.all.s = spread_create(ranks, routing % 2 ? uneven : even, routing, shape, seed)};
+          crew_run(c, run_any_plan, &at);
+          layers_destroy(&at.all, ranks);
+          spread_destroy(at.all.s);
+          check_ended(c), crew_destroy(c);
+        }
+}
+
 /* A report, where there is one yet; the plan can be made without it. */
 static void run_report(crew *c, int32_t rank, void *context) {
   scene *at = context;
@@ -574,6 +621,7 @@ int main(int count, char **arguments) {
   RUN(test_two_layers);
   RUN(test_initial_values);
   RUN(test_plans);
+  RUN(test_any_plan);
   RUN(test_bytes);
   RUN(test_release);
   return summary();

@@ -200,7 +200,7 @@ int main(int count, char **arguments) {
 
   fmoe_group_destroy(alone), fmoe_group_destroy(together);
   MPI_Allreduce((int[]){passed, failed}, sums, 2, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
-  if (rank == 0) printf("%d passed, %d failed\n", sums[0], sums[1]);
+  if (rank == 0) printf("%d passed, %d failed\n", sums[0], sums[1]), fflush(stdout);
   MPI_Finalize();
   return sums[1] != 0;
 }

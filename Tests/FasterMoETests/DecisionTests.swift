@@ -108,7 +108,13 @@ import Testing
     var arena = Arena(over: region.base)
     let routing = Routing(arena: &arena, slots: choices.count, experts: experts)
     for (slot, choice) in choices.enumerated() { routing.choices[slot] = choice }
-    routing.sort(slots: choices.count, experts: experts)
+    var room = Arena()
+    _ = Moves(arena: &room, Traffic(arena: &room, workers: 1, experts: experts))
+    let space = try Region(bytes: room.bytes, for: "a test")
+    var over = Arena(over: space.base)
+    let moves = Moves(arena: &over, Traffic(arena: &over, workers: 1, experts: experts))
+    routing.count(slots: choices.count, experts: experts)
+    routing.sort(slots: choices.count, experts: experts, moves)
     body(routing)
   }
 
@@ -233,39 +239,60 @@ import Testing
   }
 
   /// For each worker: as many rows come from each other one as that one sends; they stand by round, then by expert, then
-  /// by worker, then in that worker's order, each once.
-  @Test func arrivalsAreWhatTheOthersSend() throws {
+  /// by worker, then in that worker's order, each once. Rows for shadowed experts stay, and stand last.
+  @Test(arguments: [false, true])
+  func arrivalsAreWhatTheOthersSend(arePacked: Bool) throws {
     var numbers = Numbers(12)
     for (workers, each, groupSize) in [(1, 3, 1), (2, 1, 2), (3, 2, 1), (4, 4, 4), (5, 2, 2), (4, 3, 3)] {
       let experts = workers * each
       let counts = (0..<workers).map { _ in (0..<experts).map { _ in UInt32(max(0, numbers.below(12) - 4)) } }
       let rounds = Rounds(order: Array(0..<workers), groupSize: groupSize)
-      try Self.withTraffic(counts) { traffic in
-        for worker in 0..<workers {
-          let rows = traffic.rows(at: worker)
-          var size = Arena()
-          _ = Arrivals(arena: &size, rows: rows, experts: each, rounds: rounds.count)
-          let region = try! Region(bytes: size.bytes, for: "a test")
-          var arena = Arena(over: region.base)
-          let arrivals = Arrivals(arena: &arena, rows: rows, experts: each, rounds: rounds.count)
-          arrivals.sort(traffic, at: worker, rounds)
-          #expect(arrivals.firstRow[rounds.count * each] == rows)
-          var expected: [[Int]] = []
-          var places = [Int](repeating: 0, count: workers)
-          for round in 0..<rounds.count {
-            for expert in worker * each..<(worker + 1) * each {
-              #expect(arrivals.firstRow[round * each + expert - worker * each] == expected.count)
-              for source in rounds.sources(of: worker, in: round) {
-                for _ in 0..<counts[source][expert] {
-                  expected.append([source, places[source]])
-                  places[source] += 1
+      for share in [0, 3, 10] {
+        let shadows = (0..<experts).filter { _ in numbers.below(10) < share }
+        try Self.withTraffic(counts) { traffic in
+          let room = try! Region(bytes: experts, for: "a test")
+          var over = Arena(over: room.base)
+          let moves = Moves(arena: &over, traffic)
+          moves.shadow(shadows)
+          // The place of each row among the sorted ones of its worker.
+          func place(_ source: Int, _ expert: Int) -> Int {
+            let order = (0..<experts).filter { !shadows.contains($0) } + shadows
+            return order.prefix { $0 != expert }.reduce(0) { $0 + Int(counts[source][$1]) }
+          }
+          for worker in 0..<workers {
+            let rows = moves.rows(at: worker)
+            let segments = rounds.count * each + shadows.count
+            var size = Arena()
+            _ = Arrivals(arena: &size, rows: rows, segments: segments)
+            let region = try! Region(bytes: size.bytes, for: "a test")
+            var arena = Arena(over: region.base)
+            let arrivals = Arrivals(arena: &arena, rows: rows, segments: segments)
+            arrivals.sort(moves, shadows, at: worker, rounds, arePacked: arePacked)
+            var expected: [[Int]] = []
+            var packed = [Int](repeating: 0, count: workers)
+            for round in 0..<rounds.count {
+              for expert in worker * each..<(worker + 1) * each {
+                #expect(arrivals.firstRow[round * each + expert - worker * each] == expected.count)
+                for source in rounds.sources(of: worker, in: round) {
+                  if shadows.contains(expert) && source != worker { continue }
+                  for row in 0..<Int(counts[source][expert]) {
+                    let isPacked = arePacked && source != worker
+                    expected.append([source, isPacked ? packed[source] : place(source, expert) + row])
+                    packed[source] += 1
+                  }
                 }
               }
             }
+            for (index, expert) in shadows.enumerated() {
+              #expect(arrivals.firstRow[rounds.count * each + index] == expected.count)
+              guard expert / each != worker else { continue }
+              for row in 0..<Int(counts[worker][expert]) { expected.append([worker, place(worker, expert) + row]) }
+            }
+            #expect(arrivals.firstRow[segments] == rows)
+            for source in 0..<workers { #expect(packed[source] == moves.rows(from: source, to: worker)) }
+            let got = (0..<rows).map { [Int(arrivals.origins[$0].worker), Int(arrivals.origins[$0].row)] }
+            #expect(got == expected)
           }
-          for source in 0..<workers { #expect(places[source] == traffic.rows(from: source, to: worker)) }
-          let got = (0..<rows).map { [Int(arrivals.origins[$0].worker), Int(arrivals.origins[$0].row)] }
-          #expect(got == expected)
         }
       }
     }

@@ -6,7 +6,7 @@ package struct Routing {
   package let weights: UnsafeMutablePointer<Float>
   /// [E] slots per expert.
   package let counts: UnsafeMutablePointer<Int64>
-  /// [E + 1] first row of each expert among the sorted rows.
+  /// [E + 1] first row of each expert among the sorted rows; then how many they are.
   package let firstRow: UnsafeMutablePointer<Int>
   /// [rows] slot (token·k + choice) of each sorted row.
   package let slots: UnsafeMutablePointer<Int32>
@@ -22,15 +22,21 @@ package struct Routing {
     rows = arena.take(count)
   }
 
-  /// Counts and sorts the choices: rows go by expert and, within one, in the order of their slots. O(n·k + E).
-  package func sort(slots count: Int, experts: Int) {
+  /// Counts the choices. O(n·k + E).
+  package func count(slots count: Int, experts: Int) {
     counts.update(repeating: 0, count: experts)
     for slot in 0..<count where choices[slot] >= 0 { counts[Int(choices[slot])] += 1 }
+  }
+
+  /// Sorts what was counted: rows go by expert in the order of `moves` and, within one, in the order of their slots.
+  /// O(n·k + E).
+  package func sort(slots count: Int, experts: Int, _ moves: Moves) {
     var first = 0
-    for expert in 0..<experts {
+    moves.forEachExpert { expert in
       firstRow[expert] = first
       first += Int(counts[expert])
     }
+    firstRow[experts] = first
     for slot in 0..<count {
       let expert = Int(choices[slot])
       guard expert >= 0 else {
@@ -42,14 +48,14 @@ package struct Routing {
       slots[row] = Int32(slot)
       rows[slot] = Int32(row)
     }
-    // Filling moved each start to its end, which is the next one's start.
-    for expert in stride(from: experts, to: 0, by: -1) { firstRow[expert] = firstRow[expert - 1] }
-    firstRow[0] = 0
+    // Filling moved each start to its end.
+    for expert in 0..<experts { firstRow[expert] -= Int(counts[expert]) }
   }
 }
 
 /// Rows of one expert that are computed together.
 package struct Block {
+  /// Among those that this worker owns; behind them are the copies that it holds of others.
   package let expert: Int32
   /// Its first row among all sorted rows, and how many.
   package let row: Int32
@@ -68,10 +74,11 @@ package struct Block {
   ///
   /// The largest come first, so that the last to finish are small; but if `inOrder`, the first rows do, so that those are
   /// done first. Blocks of an expert differ by a panel at most and the larger come first, so they keep their order.
-  /// `blocks` are behind `made` others, of earlier rounds; `latest` [experts] the latest block of each expert, or -1.
+  /// `blocks` are behind `made` others, of earlier rounds; the experts are numbered from `firstExpert` on, and `latest` is
+  /// the latest block of each number, or -1.
   package static func cut(
-    firstRow: UnsafeMutablePointer<Int>, experts: Int, inOrder: Bool, into blocks: UnsafeMutablePointer<Block>,
-    behind made: Int, latest: UnsafeMutablePointer<Int32>
+    firstRow: UnsafeMutablePointer<Int>, experts: Int, firstExpert: Int = 0, inOrder: Bool,
+    into blocks: UnsafeMutablePointer<Block>, behind made: Int, latest: UnsafeMutablePointer<Int32>
   ) -> Int {
     var places = InlineArray<50, Int>(repeating: 0)  // one more than mostPanels + 1
     func visit(_ body: (_ expert: Int, _ row: Int, _ panels: Int, _ rows: Int) -> Void) {
@@ -97,9 +104,10 @@ package struct Block {
     visit { expert, row, panels, rows in
       let place = places[size(panels)]
       places[size(panels)] = place + 1
+      let number = firstExpert + expert
       blocks[made + place] = Block(
-        expert: Int32(expert), row: Int32(row), rows: Int32(rows), previous: latest[expert])
-      latest[expert] = Int32(made + place)
+        expert: Int32(number), row: Int32(row), rows: Int32(rows), previous: latest[number])
+      latest[number] = Int32(made + place)
     }
     return count
   }

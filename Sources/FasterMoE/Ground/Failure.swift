@@ -24,12 +24,11 @@ package func failure(of body: () throws(Failure) -> Void) -> Failure? {
 }
 
 /// The product of sizes that came from outside, or a failure that names what is too large.
-package func checkedProduct(_ what: StaticString, _ factors: Int...) throws(Failure) -> Int {
-  var product = 1
-  for factor in factors {
-    let (value, overflow) = product.multipliedReportingOverflow(by: factor)
-    if overflow || value > maximumElements { throw Failure(.argument, "\(what) is too large for this machine") }
-    product = value
+package func checkedProduct(_ what: StaticString, _ a: Int, _ b: Int, _ c: Int = 1) throws(Failure) -> Int {
+  let (first, isTooLarge) = a.multipliedReportingOverflow(by: b)
+  let (product, isStillTooLarge) = first.multipliedReportingOverflow(by: c)
+  guard !isTooLarge, !isStillTooLarge, first <= maximumElements, product <= maximumElements else {
+    throw Failure(.argument, "\(what) is too large for this machine")
   }
   return product
 }

@@ -10,7 +10,7 @@ extension PassContext {
     while case let task = team.take(), task < blocks * parts {
       let block = inbox.blocks[task / parts]
       let rows = cut(block, task % parts, of: parts)
-      if !rows.isEmpty, journey.wait(team, for: Int(block.row) + rows.lowerBound..<Int(block.row) + rows.upperBound) {
+      if !rows.isEmpty, journey.wait(team, for: block, rows) {
         forward(block, rows)
         journey.isDone()
       }
@@ -31,7 +31,7 @@ extension PassContext {
   /// Some rows of a block through its expert.
   private func forward(_ block: Block, _ rows: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
-    let expert = layer.expert(block)
+    let expert = values(block)
     let slot = workspace.slot(thread, row: Int(block.row))
     let first = Int(block.row) + rows.lowerBound
     slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
@@ -64,7 +64,7 @@ extension PassContext {
   /// for rows that are on their way here.
   func backward(blocks: Int) {
     let rowTasks = rowTasks(blocks)
-    let weightTasks = self.weightTasks
+    let weightTasks = PassContext.weightTasks(shape)
     let lag = workspace.lag(blocks)
     let perBlock = rowTasks + weightTasks
     while case let task = team.take(), task < (blocks + lag) * perBlock {
@@ -74,7 +74,7 @@ extension PassContext {
         if round > lag { wait(for: inbox.weightTasksDone + (round - lag - 1), weightTasks) }
         let block = inbox.blocks[round]
         let rows = cut(block, part, of: rowTasks)
-        if !rows.isEmpty, journey.wait(team, for: Int(block.row) + rows.lowerBound..<Int(block.row) + rows.upperBound) {
+        if !rows.isEmpty, journey.wait(team, for: block, rows) {
           backward(round, rows)
           journey.isDone()
         }
@@ -113,7 +113,7 @@ extension PassContext {
   private func backward(_ index: Int, _ rows: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
     let block = inbox.blocks[index]
-    let expert = layer.expert(block)
+    let expert = values(block)
     let slot = workspace.slot(index, row: Int(block.row))
     let first = Int(block.row) + rows.lowerBound
     let scales = slot.scales + rows.lowerBound
@@ -164,32 +164,32 @@ extension PassContext {
   // MARK: Weight gradients
 
   /// Tasks that make one block's weight gradients; each takes `columnsPerTask` rows of one matrix.
-  private var weightTasks: Int {
+  static func weightTasks(_ shape: Shape) -> Int {
     pieces(shape.model) + pieces(shape.hidden) * (shape.activation.isGated ? 2 : 1)
   }
   private static var columnsPerTask: Int { 128 }
-  private func pieces(_ width: Int) -> Int { (width + PassContext.columnsPerTask - 1) / PassContext.columnsPerTask }
+  private static func pieces(_ width: Int) -> Int { (width + columnsPerTask - 1) / columnsPerTask }
 
   /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums, each over W: what adds up here are the
   /// losses of all workers, and a gradient is that of their mean.
   private func addWeightGradients(_ index: Int, _ part: Int) {
     let (d, h) = (shape.model, shape.hidden)
     let block = inbox.blocks[index]
-    let grads = layer.expertGradients(block)
+    let grads = grads(block)
     let share = 1 / Float(layer.group.size)
     let slot = workspace.slot(index, row: Int(block.row))
     let rows = Int(block.rows)
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
       piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
     }
-    if part < pieces(d) {
+    if part < PassContext.pieces(d) {
       let outputs = range(part, d)
       addOuter(slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h)
       if let bias = grads.outwardBias {
         addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias)
       }
     } else {
-      let (matrix, piece) = (part - pieces(d)).quotientAndRemainder(dividingBy: pieces(h))
+      let (matrix, piece) = (part - PassContext.pieces(d)).quotientAndRemainder(dividingBy: PassContext.pieces(h))
       let inner = (matrix == 0 ? inbox.inner : inbox.innerLinear).from(Int(block.row))
       let units = range(piece, h)
       addOuter(
@@ -197,6 +197,18 @@ extension PassContext {
         stride: d)
       if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias) }
     }
+  }
+
+  // MARK: Experts
+
+  private func values(_ block: Block) -> ExpertTensors {
+    let copy = Int(block.expert) - layer.owned.count
+    return copy < 0 ? ExpertTensors(layer.values, Int(block.expert), shape) : inbox.copies[copy].values
+  }
+
+  private func grads(_ block: Block) -> ExpertTensors {
+    let copy = Int(block.expert) - layer.owned.count
+    return copy < 0 ? ExpertTensors(layer.gradients, Int(block.expert), shape) : inbox.copies[copy].grads
   }
 
   // MARK: Cutting the work
@@ -217,27 +229,5 @@ extension PassContext {
 
   private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int) {
     team.wait { done.pointee.load(ordering: .acquiring) == tasks }
-  }
-}
-
-/// One expert's tensors.
-struct ExpertTensors {
-  let inward, outward: UnsafeMutablePointer<Float>
-  let inwardLinear, inwardBias, outwardBias: UnsafeMutablePointer<Float>?
-
-  init(_ block: borrowing Parameters, _ expert: Int, _ shape: Shape) {
-    let matrix = expert * shape.model * shape.hidden
-    inward = block.inward + matrix
-    outward = block.outward + matrix
-    inwardLinear = block.inwardLinear.map { $0 + matrix }
-    inwardBias = block.inwardBias.map { $0 + expert * shape.hidden }
-    outwardBias = block.outwardBias.map { $0 + expert * shape.model }
-  }
-}
-
-extension Layer {
-  fileprivate func expert(_ block: Block) -> ExpertTensors { ExpertTensors(values, Int(block.expert), shape) }
-  fileprivate func expertGradients(_ block: Block) -> ExpertTensors {
-    ExpertTensors(gradients, Int(block.expert), shape)
   }
 }

@@ -130,7 +130,7 @@ package final class Layer {
     do throws(Failure) {
       let all = try group.agree(
         call, own, same: [UInt64(number), UInt64(passes), 0, 0, 0, 0, 0, 0],
-        words: [UInt64(max(0, n)), 0, 0, 0, 0, 0, 0, 0])
+        words: [UInt64(max(0, n)), 0, 0, 0, 0, 0, 0, 0, 0, 0])
       passes += 1
       let tokens = (0..<group.size).reduce(0) { $0 + Int(all[$1].words[0]) }
       try begun!.hearCounts(number: passes, tokensOfAll: tokens)

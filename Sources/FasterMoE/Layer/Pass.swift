@@ -34,7 +34,14 @@ package final class Pass: TeamWork {
   private var number = 0
   private var tokensOfAll = 0
   private var job = Job.gate
-  private enum Job { case gate, send, expertsForward, combineForward, sendGrads, expertsBackward, combineBackward }
+  private enum Job {
+    case gate, packCopies, send, expertsForward, combineForward
+    case clearCopyGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
+  }
+  /// Experts that every worker computes its own rows for.
+  private var shadows: [Int] = []
+  /// Where others left their gradients of copies.
+  private var copyGrads: [UnsafeMutablePointer<Float>] = []
 
   /// What belongs to this worker's tokens, R = n·k slots.
   struct Store {
@@ -43,6 +50,7 @@ package final class Pass: TeamWork {
     let logits: Panels
     /// [W, E]
     let traffic: Traffic
+    let moves: Moves
     /// [R, d] row-major: expert outputs, then gradients of expert inputs.
     let rows: UnsafeMutablePointer<Float>
     /// [n, k]
@@ -61,59 +69,13 @@ package final class Pass: TeamWork {
       routing = Routing(arena: &arena, slots: slots, experts: shape.experts)
       logits = Panels(arena.take(n * experts), width: shape.experts)
       traffic = Traffic(arena: &arena, workers: workers, experts: shape.experts)
+      moves = Moves(arena: &arena, traffic)
       rows = arena.take(slots * shape.model)
       gradWeights = arena.take(slots)
       probabilitySums = arena.take(tasks * experts)
       squareSums = arena.take(tasks)
       expertSums = arena.take(shape.experts)
       shares = arena.take(experts)
-    }
-  }
-
-  /// What belongs to the rows that this worker's experts compute, R of them.
-  struct Inbox {
-    let arrivals: Arrivals
-    /// [R, h] in panels, each expert's rows beginning a panel: pre-activations, then their gradients.
-    let inner: Panels
-    /// The linear half of gated experts.
-    let innerLinear: Panels
-    let blocks: UnsafeMutablePointer<Block>
-    /// [rounds + 1] the first block of each round.
-    let roundBlocks: UnsafeMutablePointer<Int>
-    /// [e] scratch for cutting: the latest block of each expert.
-    let latest: UnsafeMutablePointer<Int32>
-    /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
-    let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
-    let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
-    /// [W] where the rows of each worker stand.
-    let sources: UnsafeMutablePointer<Source>
-    /// Only over a transport. What came from other workers, R' rows [R', d] in their order: tokens, gradients of
-    /// outputs, and what goes back to them. And what goes out of this worker's rows.
-    let tokens, grads, results, outgoing: UnsafeMutablePointer<Float>
-
-    init(
-      _ shape: Shape, _ traffic: Traffic, _ rounds: Rounds, at worker: Int, overWire: Bool, _ arena: inout Arena
-    ) {
-      let rows = traffic.rows(at: worker)
-      let experts = traffic.owned(by: worker).count
-      let most = Block.mostBlocks(slots: rows, experts: rounds.count * experts)
-      arrivals = Arrivals(arena: &arena, rows: rows, experts: experts, rounds: rounds.count)
-      inner = Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden)
-      innerLinear = Panels(
-        arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
-      blocks = arena.take(most)
-      roundBlocks = arena.take(rounds.count + 1)
-      latest = arena.take(experts)
-      rowTasksDone = arena.take(most)
-      weightTasksDone = arena.take(most)
-      sources = arena.take(traffic.workers)
-      let own = traffic.rows(from: worker, to: worker)
-      let foreign = overWire ? (rows - own) * shape.model : 0
-      let leaving = overWire ? ((0..<traffic.workers).reduce(0) { $0 + traffic.rows(from: worker, to: $1) }) - own : 0
-      tokens = arena.take(foreign)
-      grads = arena.take(foreign)
-      results = arena.take(foreign)
-      outgoing = arena.take(leaving * shape.model)
     }
   }
 
@@ -162,6 +124,8 @@ package final class Pass: TeamWork {
     stage = .gated
     (isGated, balanceLoss, zLoss) = (false, 0, 0)
     request = PlanRequest()
+    shadows.removeAll()
+    store.moves.shadow(shadows)
   }
 
   func gate() {
@@ -169,7 +133,7 @@ package final class Pass: TeamWork {
     let layer = layer!
     let (n, shape, losses) = (count, layer.shape, layer.losses)
     run(.gate, n)
-    store.routing.sort(slots: n * shape.choices, experts: shape.experts)
+    store.routing.count(slots: n * shape.choices, experts: shape.experts)
     guard losses.needProbabilities, n > 0 else { return }
     let padded = Panels.padded(shape.experts)
     store.expertSums.update(repeating: 0, count: shape.experts)
@@ -209,7 +173,7 @@ package final class Pass: TeamWork {
       store.routing.choices.update(from: choices, count: slots)
       store.routing.weights.update(from: weights, count: slots)
     }
-    store.routing.sort(slots: slots, experts: layer!.shape.experts)
+    store.routing.count(slots: slots, experts: layer!.shape.experts)
   }
 
   /// Who goes where; valid until the pass ends.
@@ -229,12 +193,16 @@ package final class Pass: TeamWork {
       }
     }
     let all = try group.agree(
-      .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: [wantsReport ? 1 : 0, 0, 0, 0, 0, 0, 0, 0])
+      .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: [wantsReport ? 1 : 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     var report: PlanReport?
     if (0..<peers.size).contains(where: { all[$0].words[0] != 0 }) {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
     }
     self.request = asked!
+    switch asked!.shadowing {
+    case .everyExpert: shadows = peers.size > 1 ? Array(0..<shape.experts) : []
+    default: shadows = peers.size > 1 ? asked!.shadows : []
+    }
     stage = .planned
     return report
   }
@@ -282,7 +250,9 @@ package final class Pass: TeamWork {
     self.gradTokens = gradTokens
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
     clearTasks()
+    run(.clearCopyGrads, shadows.count)
     try throughExperts(send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
+    try gatherCopyGrads()
     run(.combineBackward, count)
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
     stage = .finished
@@ -300,15 +270,19 @@ package final class Pass: TeamWork {
     func address(_ pointer: UnsafeRawPointer?) -> UInt64 { UInt64(UInt(bitPattern: pointer)) }
     return [
       address(tokens), address(gradOutput), address(store.routing.slots), address(store.routing.firstRow),
-      address(store.routing.weights), address(store.rows), address(store.gradWeights), 0,
+      address(store.routing.weights), address(store.rows), address(store.gradWeights),
+      address(layer!.values.base), address(inbox?.copyGrads), 0,
     ]
   }
+
+  /// Whether backward does not use the copies that forward has fetched (ZeRO stage 3).
+  private var fetchesAgain: Bool { request.shadowing == .everyExpert }
 
   /// Whether rows travel while experts compute.
   private var isOverlapped: Bool { !group.peers.shareMemory && group.size > 1 && request.schedule != .coarse }
 
   /// Rows that come to this worker's experts.
-  private var arrivedRows: Int { inbox.arrivals.firstRow[rounds.count * layer!.owned.count] }
+  private var arrivedRows: Int { inbox.arrivals.firstRow[rounds.count * layer!.owned.count + shadows.count] }
 
   /// In which rounds rows go to their experts. All ranks find the same.
   private func chooseRounds() -> Rounds {
@@ -324,15 +298,19 @@ package final class Pass: TeamWork {
   /// Cuts the rows of each round into blocks.
   private func cutBlocks() {
     let experts = layer!.owned.count
-    inbox.latest.update(repeating: -1, count: experts)
+    inbox.latest.update(repeating: -1, count: experts + shadows.count)
     blocks = 0
     for round in 0..<rounds.count {
       inbox.roundBlocks[round] = blocks
       blocks += Block.cut(
-        firstRow: inbox.arrivals.firstRow + round * experts, experts: experts, inOrder: isOverlapped,
+        firstRow: inbox.arrivals.firstRow + round * experts, experts: experts, inOrder: !group.peers.shareMemory,
         into: inbox.blocks, behind: blocks, latest: inbox.latest)
     }
     inbox.roundBlocks[rounds.count] = blocks
+    blocks += Block.cut(
+      firstRow: inbox.arrivals.firstRow + rounds.count * experts, experts: shadows.count, firstExpert: experts,
+      inOrder: !group.peers.shareMemory, into: inbox.blocks, behind: blocks, latest: inbox.latest)
+    inbox.roundBlocks[rounds.count + 1] = blocks
     clearTasks()
   }
 
@@ -346,9 +324,11 @@ package final class Pass: TeamWork {
   /// Room for the rows that will come to this worker's experts, and their list.
   private func openInbox() throws(Failure) {
     let overWire = !group.peers.shareMemory
+    store.moves.shadow(shadows)
+    store.routing.sort(slots: count * shape.choices, experts: shape.experts, store.moves)
     rounds = chooseRounds()
     var size = Arena()
-    _ = Inbox(shape, store.traffic, rounds, at: group.rank, overWire: overWire, &size)
+    _ = Inbox(shape, store.moves, shadows.count, rounds, at: group.rank, overWire: overWire, &size)
     if Pass.capacity(inboxMemory) < size.bytes {
       inboxMemory = nil
       // The share of a worker among several differs from batch to batch: some room saves asking again.
@@ -356,26 +336,57 @@ package final class Pass: TeamWork {
       inboxMemory = try Region(bytes: size.bytes + room, for: "the rows of a worker's experts")
     }
     var arena = Arena(over: Pass.base(inboxMemory))
-    inbox = Inbox(shape, store.traffic, rounds, at: group.rank, overWire: overWire, &arena)
-    inbox.arrivals.sort(store.traffic, at: group.rank, rounds)
+    inbox = Inbox(shape, store.moves, shadows.count, rounds, at: group.rank, overWire: overWire, &arena)
+    inbox.arrivals.sort(store.moves, shadows, at: group.rank, rounds, arePacked: overWire)
   }
 
-  /// Finds the rows of all workers: in their own memory, or in what came from them over the transport.
+  /// Finds the rows of all workers, and the parameters of shadowed experts: in their own memory, or in what came from
+  /// them over the transport.
   private func lookAround(_ all: UnsafeMutablePointer<Notice>) {
-    let (rank, d, traffic) = (group.rank, shape.model, store.traffic)
+    let (rank, d, moves) = (group.rank, shape.model, store.moves)
+    func floats(_ worker: Int, _ index: Int) -> UnsafeMutablePointer<Float>? {
+      UnsafeMutablePointer(bitPattern: UInt(all[worker].words[index]))
+    }
     var before = 0
-    for worker in 0..<traffic.workers {
+    for worker in 0..<group.size {
       let place = inbox.sources + worker
       if worker == rank || group.peers.shareMemory {
-        place.initialize(to: Source(all[worker].words, first: layer!.owned.lowerBound, shape))
+        place.initialize(
+          to: Source(
+            tokens: floats(worker, 0), grads: floats(worker, 1),
+            slots: UnsafePointer(bitPattern: UInt(all[worker].words[2])), rows: floats(worker, 5),
+            weights: floats(worker, 4), gradWeights: floats(worker, 6), shape))
       } else {
         place.initialize(
           to: Source(
             tokens: inbox.tokens + before * d, grads: inbox.grads + before * d, rows: inbox.results + before * d, shape)
         )
-        before += traffic.rows(from: worker, to: rank)
+        before += moves.rows(from: worker, to: rank)
       }
     }
+    for (index, expert) in shadows.enumerated() {
+      let owner = moves.traffic.owner(of: expert)
+      // Blocks of parameters have one form on all workers.
+      let theirs = expert - moves.traffic.owned(by: owner).lowerBound
+      let values =
+        group.peers.shareMemory
+        ? ExpertTensors(layer!.values, theirs, shape, shift: floats(owner, 7)! - layer!.values.base)
+        : ExpertTensors(copy: inbox.copyValues + index * inbox.copyFloats, shape)
+      let grads = ExpertTensors(copy: inbox.copyGrads + index * inbox.copyFloats, shape)
+      (inbox.copies + index).initialize(to: (values: values, grads: grads))
+    }
+    copyGrads.removeAll(keepingCapacity: true)
+    for worker in 0..<group.size where worker != rank && group.peers.shareMemory && !shadows.isEmpty {
+      copyGrads.append(floats(worker, 8)!)
+    }
+    if !group.peers.shareMemory && !shadows.isEmpty { copyGrads.append(inbox.copySums) }
+  }
+
+  /// Has the owners of shadowed experts add what all workers made of their gradients.
+  private func gatherCopyGrads() throws(Failure) {
+    guard !shadows.isEmpty else { return }
+    run(.addCopyGrads, shadows.count)
+    if group.peers.shareMemory { try group.peers.meet() }
   }
 
   /// Rows to their experts, through them, and back.
@@ -389,16 +400,22 @@ package final class Pass: TeamWork {
     }
     do throws(Failure) {
       run(send, count)
+      // Steps: rows there, copies there; rows back, gradients of copies back.
+      for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: isOverlapped ? round : 0) }
+      if compute == .expertsForward || fetchesAgain {
+        run(.packCopies, shadows.count)
+        addCopies(peers, step: rounds.count)
+      }
+      beginJourney(computing: compute)
+      defer { journey.end() }
       if isOverlapped {
-        for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: round, tagged: true) }
-        for round in 0..<rounds.count { addReturns(peers, round, step: rounds.count + round, tagged: true) }
-        try moveWhileComputing(peers.wire, compute)
+        addWayBack(peers, compute)
+        try moveWhileComputing(peers.wire)
       } else {
-        for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: 0, tagged: false) }
-        try peers.wire.run()
+        try peers.wire.run(journey)
         run(compute, arrivedRows)
-        for round in 0..<rounds.count { addReturns(peers, round, step: 0, tagged: false) }
-        try peers.wire.run()
+        addWayBack(peers, compute)
+        try peers.wire.run(journey)
       }
     } catch {
       isEntangled = group.isEntangled
@@ -406,15 +423,24 @@ package final class Pass: TeamWork {
     }
   }
 
-  private func moveWhileComputing(_ wire: Wire, _ compute: Job) throws(Failure) {
+  private func addWayBack(_ peers: WirePeers, _ compute: Job) {
+    let step = rounds.count + shadows.count
+    for round in 0..<rounds.count { addReturns(peers, round, step: isOverlapped ? step + round : step) }
+    if compute == .expertsBackward { addReductions(peers, step: step + rounds.count) }
+  }
+
+  private func beginJourney(computing job: Job) {
     journey.begin(
-      inbox, rounds, at: group.rank, parts: PassContext.rowTasks(blocks, threads: team.threads),
-      rowBytes: shape.model * MemoryLayout<Float>.stride)
-    job = compute
+      inbox, rounds, shadows.map { store.traffic.owner(of: $0) }, at: group.rank, experts: layer!.owned.count,
+      rowTasks: PassContext.rowTasks(blocks, threads: team.threads), weightTasks: PassContext.weightTasks(shape),
+      rowBytes: shape.model * MemoryLayout<Float>.stride, fetches: job == .expertsForward || fetchesAgain)
+    self.job = job
+  }
+
+  private func moveWhileComputing(_ wire: Wire) throws(Failure) {
     if blocks > 0 { team.begin(self) }
     defer {
       if blocks > 0 { team.finish() }
-      journey.end()
     }
     do throws(Failure) {
       try wire.run(journey)
@@ -424,40 +450,73 @@ package final class Pass: TeamWork {
     }
   }
 
+  /// The parameters of every shadowed expert along the chain that begins at its owner.
+  private func addCopies(_ peers: WirePeers, step: Int) {
+    let (before, after) = peers.neighbours
+    let bytes = inbox.copyFloats * MemoryLayout<Float>.stride
+    for (index, expert) in shadows.enumerated() {
+      let owner = store.traffic.owner(of: expert)
+      let copy = inbox.copyValues + index * inbox.copyFloats
+      var source = -1
+      if owner != peers.rank {
+        source = peers.wire.receive(copy, bytes, from: before, step: step + index, tag: Journey.copy(index, group.size))
+      }
+      if after != owner { peers.wire.send(copy, bytes, to: after, following: source, step: step + index) }
+    }
+  }
+
+  /// The gradients of every shadowed expert along the chain that ends at its owner: each adds its own to what comes.
+  private func addReductions(_ peers: WirePeers, step: Int) {
+    let (before, after) = peers.neighbours
+    let bytes = inbox.copyFloats * MemoryLayout<Float>.stride
+    for (index, expert) in shadows.enumerated() {
+      let owner = store.traffic.owner(of: expert)
+      let tag = Journey.reduction(index, shadows.count, group.size)
+      let sums = inbox.copySums + index * inbox.copyFloats
+      if before == owner {
+        peers.wire.send(inbox.copyGrads + index * inbox.copyFloats, bytes, to: after, step: step + index, tag: tag)
+      } else {
+        let source = peers.wire.receive(sums, bytes, from: before, step: step + index, tag: tag)
+        if owner != peers.rank { peers.wire.send(sums, bytes, to: after, following: source, step: step + index) }
+      }
+    }
+  }
+
   /// Rows of this worker to the experts of others, and of others to its own.
   private func addArrivals(
-    _ peers: WirePeers, _ round: Int, _ arriving: UnsafeMutablePointer<Float>, step: Int, tagged: Bool
+    _ peers: WirePeers, _ round: Int, _ arriving: UnsafeMutablePointer<Float>, step: Int
   ) {
     let (sources, targets) = partners(round)
     peers.forEachOther { peer in
       guard sources.contains(peer) else { return }
       receive(
-        peers, arriving + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer,
-        step,
-        tag: tagged ? peer : -1)
+        peers, arriving + arrivingBefore(peer) * shape.model, store.moves.rows(from: peer, to: peers.rank), peer, step,
+        tag: Journey.arrival(peer))
     }
     peers.forEachOther { peer in
       guard targets.contains(peer) else { return }
       send(
-        peers, inbox.outgoing + leavingBefore(peer) * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer,
+        peers, inbox.outgoing + leavingBefore(peer) * shape.model, store.moves.rows(from: peers.rank, to: peer), peer,
         step, tag: -1)
     }
   }
 
   /// What became of them, the same way back.
-  private func addReturns(_ peers: WirePeers, _ round: Int, step: Int, tagged: Bool) {
+  private func addReturns(_ peers: WirePeers, _ round: Int, step: Int) {
     let (sources, targets) = partners(round)
     peers.forEachOther { peer in
       guard targets.contains(peer) else { return }
-      let first = store.routing.firstRow[store.traffic.owned(by: peer).lowerBound]
+      // What this worker sends to another one is in one piece, if it is anything.
+      let owned = store.traffic.owned(by: peer)
+      let first = owned.first { !store.moves.shadowed[$0] }.map { store.routing.firstRow[$0] } ?? 0
       receive(
-        peers, store.rows + first * shape.model, store.traffic.rows(from: peers.rank, to: peer), peer, step, tag: -1)
+        peers, store.rows + first * shape.model, store.moves.rows(from: peers.rank, to: peer), peer, step, tag: -1)
     }
     peers.forEachOther { peer in
       guard sources.contains(peer) else { return }
       send(
-        peers, inbox.results + arrivingBefore(peer) * shape.model, store.traffic.rows(from: peer, to: peers.rank), peer,
-        step, tag: tagged ? peer : -1)
+        peers, inbox.results + arrivingBefore(peer) * shape.model, store.moves.rows(from: peer, to: peers.rank), peer,
+        step, tag: Journey.giveBack(peer, group.size))
     }
   }
 
@@ -481,12 +540,12 @@ package final class Pass: TeamWork {
 
   /// Rows that come from workers before `peer`.
   private func arrivingBefore(_ peer: Int) -> Int {
-    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.traffic.rows(from: $1, to: group.rank)) }
+    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.moves.rows(from: $1, to: group.rank)) }
   }
 
   /// Rows that leave for workers before `peer`.
   private func leavingBefore(_ peer: Int) -> Int {
-    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.traffic.rows(from: group.rank, to: $1)) }
+    (0..<peer).reduce(0) { $0 + ($1 == group.rank ? 0 : store.moves.rows(from: group.rank, to: $1)) }
   }
 
   /// The trip is over, at whatever stage; the memory goes back to the layer.
@@ -516,6 +575,9 @@ package final class Pass: TeamWork {
       workspace: workspace, desk: workspace.desk(thread), tokens: tokens, count: count)
     switch job {
     case .gate: context.chooseExperts()
+    case .packCopies: context.packCopies(shadows)
+    case .clearCopyGrads: context.clearCopyGrads(shadows)
+    case .addCopyGrads: context.addCopyGrads(shadows, from: copyGrads)
     case .send: context.packTokens()
     case .expertsForward: context.forward(blocks: blocks)
     case .combineForward: context.combine(into: output!)
@@ -554,54 +616,6 @@ package final class Pass: TeamWork {
   }
 }
 
-/// Where one worker's rows stand, of those that go to this worker's experts, counted from the first.
-struct Source {
-  /// [n, d] tokens and gradients of their outputs if `slots` are there; else the rows themselves.
-  private let tokens: UnsafePointer<Float>
-  private let grads: UnsafePointer<Float>
-  private let slots: UnsafePointer<Int32>?
-  /// [rows, d] what the experts make of them.
-  private let rows: UnsafeMutablePointer<Float>
-  /// [n, k]; nil where gradients come weighted already and their owner makes those of the weights.
-  private let weights: UnsafePointer<Float>?
-  private let gradWeights: UnsafeMutablePointer<Float>?
-  private let model: Int
-  private let choices: Int
-
-  /// In the memory that another pass, or this one, told of in `words`; `first` is the first expert that counts.
-  init(_ words: Notice.Words, first: Int, _ shape: Shape) {
-    func floats(_ index: Int) -> UnsafeMutablePointer<Float> {
-      // A worker without tokens may have NULL for them; nothing of it is touched.
-      UnsafeMutablePointer(bitPattern: UInt(words[index])) ?? UnsafeMutablePointer(bitPattern: 64)!
-    }
-    let row = UnsafePointer<Int>(bitPattern: UInt(words[3]))![first]
-    tokens = UnsafePointer(floats(0))
-    grads = UnsafePointer(floats(1))
-    slots = UnsafePointer<Int32>(bitPattern: UInt(words[2]))! + row
-    weights = UnsafePointer(floats(4))
-    rows = floats(5) + row * shape.model
-    gradWeights = floats(6)
-    (model, choices) = (shape.model, shape.choices)
-  }
-
-  /// In rows that came over a transport.
-  init(
-    tokens: UnsafePointer<Float>, grads: UnsafePointer<Float>, rows: UnsafeMutablePointer<Float>, _ shape: Shape
-  ) {
-    (self.tokens, self.grads, self.rows) = (tokens, grads, rows)
-    (slots, weights, gradWeights) = (nil, nil, nil)
-    (model, choices) = (shape.model, shape.choices)
-  }
-
-  @inline(__always) private func line(_ row: Int) -> Int { slots.map { Int($0[row]) / choices } ?? row }
-  @inline(__always) func token(_ row: Int) -> UnsafePointer<Float> { tokens + line(row) &* model }
-  @inline(__always) func grad(_ row: Int) -> UnsafePointer<Float> { grads + line(row) &* model }
-  @inline(__always) func result(_ row: Int) -> UnsafeMutablePointer<Float> { rows + row &* model }
-  /// What the row's gradient is still to be multiplied by.
-  @inline(__always) func weight(_ row: Int) -> Float { weights.map { $0[Int(slots![row])] } ?? 1 }
-  @inline(__always) func setGradWeight(_ row: Int, _ value: Float) { gradWeights?[Int(slots![row])] = value }
-}
-
 /// One thread's view of a running pass; the stages are its methods.
 struct PassContext {
   let thread: Int
@@ -609,7 +623,7 @@ struct PassContext {
   let layer: Layer
   let store: Pass.Store
   /// There from forward on.
-  let inbox: Pass.Inbox!
+  let inbox: Inbox!
   let journey: Journey
   let workspace: Workspace
   let desk: Workspace.Desk

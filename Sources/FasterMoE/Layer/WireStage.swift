@@ -31,11 +31,52 @@ extension PassContext {
   @inline(__always)
   private func forEachLeavingRow(_ body: (_ row: Int, _ to: UnsafeMutablePointer<Float>) -> Void) {
     let piece = 64
-    let all = store.routing.firstRow[shape.experts]
-    let own = store.routing.firstRow[layer.owned.lowerBound]..<store.routing.firstRow[layer.owned.upperBound]
+    // Sorted rows are those that move or stay, by expert, then those of shadowed experts.
+    var (all, before) = (0, 0)
+    for expert in 0..<shape.experts where !store.moves.shadowed[expert] {
+      all += Int(store.routing.counts[expert])
+      if expert < layer.owned.lowerBound { before += Int(store.routing.counts[expert]) }
+    }
+    let staying = layer.owned.reduce(0) { $0 + (store.moves.shadowed[$1] ? 0 : Int(store.routing.counts[$1])) }
+    let own = before..<before + staying
     while case let first = team.take() * piece, first < all - own.count {
       for place in first..<min(first + piece, all - own.count) {
         body(place < own.lowerBound ? place : place + own.count, inbox.outgoing + place * shape.model)
+      }
+    }
+  }
+
+  // MARK: Copies of experts
+
+  /// Puts the parameters of this worker's shadowed experts side by side, as they travel.
+  func packCopies(_ shadows: [Int]) {
+    while case let index = team.take(), index < shadows.count {
+      let expert = shadows[index] - layer.owned.lowerBound
+      guard layer.owned.contains(shadows[index]) else { continue }
+      let copy = ExpertTensors(copy: inbox.copyValues + index * inbox.copyFloats, shape)
+      copy.forEach(with: ExpertTensors(layer.values, expert, shape), shape) { to, from, count in
+        to.update(from: from, count: count)
+      }
+    }
+  }
+
+  /// Zeroes the gradients that this worker will add to copies.
+  func clearCopyGrads(_ shadows: [Int]) {
+    while case let index = team.take(), index < shadows.count {
+      (inbox.copyGrads + index * inbox.copyFloats).update(repeating: 0, count: inbox.copyFloats)
+    }
+  }
+
+  /// Adds to the gradients of this worker's shadowed experts what the others made: `sums` of all of them, or each one's in
+  /// the order of ranks.
+  func addCopyGrads(_ shadows: [Int], from others: [UnsafeMutablePointer<Float>]) {
+    while case let index = team.take(), index < shadows.count {
+      guard layer.owned.contains(shadows[index]) else { continue }
+      let own = ExpertTensors(layer.gradients, shadows[index] - layer.owned.lowerBound, shape)
+      for other in others {
+        own.forEach(with: ExpertTensors(copy: other + index * inbox.copyFloats, shape), shape) { to, from, count in
+          add(from, to: to, count: count)
+        }
       }
     }
   }

@@ -119,13 +119,13 @@ package final class WirePeers: Peers {
     init(_ values: UnsafePointer<Float>, to sums: UnsafeMutablePointer<Float>) {
       (self.values, self.sums) = (values, sums)
     }
-    func ready(_ tag: Int) -> Int { 0 }
+    func ready(_ tag: Int) -> Int { .max }
     func arrived(_ tag: Int, at: Int, bytes: Int) { add(values + at / 4, to: sums + at / 4, count: bytes / 4) }
     var isBusy: Bool { false }
   }
 
   /// The ranks before and behind this one on the chain, which is a ring here: it is cut where a root says.
-  private var neighbours: (before: Int, after: Int) {
+  package var neighbours: (before: Int, after: Int) {
     let place = chain.firstIndex(of: rank)!
     return (chain[(place + size - 1) % size], chain[(place + 1) % size])
   }

@@ -18,7 +18,7 @@ package struct Notice: BitwiseCopyable {
     }
   }
   package typealias Same = InlineArray<8, UInt64>
-  package typealias Words = InlineArray<8, UInt64>
+  package typealias Words = InlineArray<10, UInt64>
 
   private let call: UInt32
   /// 0, or 1 from a rank that cannot go on.

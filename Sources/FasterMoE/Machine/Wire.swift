@@ -3,7 +3,7 @@ import Glibc
 /// Who fills and uses the memory that a wire carries while it is on its way. Streams are known by the tags that they were
 /// given, 0 or more.
 package protocol Freight: AnyObject {
-  /// How many bytes of a stream that goes out are there to be sent by now.
+  /// How many bytes of a stream may be under way by now: those that are there to be sent, or have room to arrive in.
   func ready(_ tag: Int) -> Int
   /// The next `bytes` bytes of a stream that comes in, from `at` on, are here.
   func arrived(_ tag: Int, at: Int, bytes: Int)
@@ -46,8 +46,8 @@ package final class Wire {
   private let timeout: Seconds?
   /// Sent pieces under way in one stream; received ones are asked for two ahead of that.
   private let window: Int
-  private let capacity: Int
-  private let streams: UnsafeMutablePointer<Stream>
+  private var capacity: Int
+  private var streams: UnsafeMutablePointer<Stream>
   private var count = 0
   private var freight: (any Freight)?
   /// Why nothing can move any more.
@@ -92,7 +92,12 @@ package final class Wire {
     _ bytes: UnsafeMutableRawPointer, _ count: Int, _ peer: Int, receiving: Bool, _ source: Int, _ step: Int,
     _ tag: Int
   ) {
-    precondition(self.count < capacity, "two streams a peer and direction")
+    if self.count == capacity {
+      let more = UnsafeMutablePointer<Stream>.allocate(capacity: 2 * capacity)
+      more.moveInitialize(from: streams, count: capacity)
+      streams.deallocate()
+      (streams, capacity) = (more, 2 * capacity)
+    }
     (streams + self.count).initialize(
       to: Stream(peer: peer, receiving: receiving, base: bytes, bytes: count, tag: tag, step: step, source: source))
     self.count += 1
@@ -172,7 +177,7 @@ package final class Wire {
     guard stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most else { return }
     var ready = stream.pointee.bytes
     if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
-    if !stream.pointee.receiving, stream.pointee.tag >= 0 { ready = freight?.ready(stream.pointee.tag) ?? ready }
+    if stream.pointee.tag >= 0 { ready = min(ready, freight?.ready(stream.pointee.tag) ?? ready) }
     while stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
