@@ -47,6 +47,7 @@ import Testing
   @Test func foreignLibrariesHaveOneFileEach() {
     let all = (Self.floors.map { "FasterMoE/\($0)" } + ["CAPI"]).flatMap(Self.files)
     #expect(all.filter { $0.text.contains("import CHwloc") }.map(\.name) == ["Topology.swift"])
+    #expect(all.filter { $0.text.contains("import Foundation") }.map(\.name) == ["Documents.swift"])
     let withHeader = all.filter { $0.text.contains("import CFasterMoE") }.map(\.name).sorted()
     #expect(withHeader == Self.files("CAPI").map(\.name).sorted(), "C structs stay on the roof")
   }
