@@ -348,8 +348,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
 
   /// Seconds of a plan, forward and backward.
   private static func seconds(_ plan: Plan, _ batch: Batch, _ shape: Shape, _ cluster: Cluster) -> Double {
-    var volumes = Volumes(batch.traffic, shape, on: cluster)
-    for expert in plan.shadows { volumes.shadow(expert) }
+    var volumes = Volumes(batch.traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.backward.contains { $0.action == .fetch(shadow: 0) }
     var simulator = Simulator(batch.traffic, shape, on: cluster)
     let costs = simulator.costs(plan.groups, volumes, volumes.moving)
@@ -403,6 +402,8 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       var volumes = Volumes(batch.traffic, shape, on: cluster)
       for expert in shadows { volumes.shadow(expert) }
       let expected = volumes.roofline.semiIdeal.value
+      let atOnce = Volumes(batch.traffic, shape, on: cluster, shadows: shadows).roofline.semiIdeal.value
+      #expect(abs(atOnce - expected) <= Self.rounding * expected, "one by one or all at once")
       let got = Self.seconds(.coarse(workers: cluster.workers, shadows: shadows), batch, shape, cluster)
       #expect(abs(got - expected) <= Self.rounding * expected, "\(got), not \(expected)")
     }

@@ -35,9 +35,9 @@ package struct Planner {
     var chosen: Choice
     switch request.shadowing {
     case .never: chosen = best([none], request, known)
-    case .given: chosen = best([shadowing(request.shadows, after: none)], request, nil)
-    case .paper: chosen = best([shadowing(paper, after: none)], request, nil)
-    case .everyExpert: chosen = everyExpert(none, request)
+    case .given: chosen = best([shadowing(request.shadows)], request, nil)
+    case .paper: chosen = best([shadowing(paper)], request, nil)
+    case .everyExpert: chosen = everyExpert(request)
     case .best: chosen = best(candidates(after: none, below: plain.seconds), request, known)
     }
     if chosen.plan.groups.count > 1 { refine(&chosen) }
@@ -68,11 +68,7 @@ package struct Planner {
 
   private var paper: [Int] { Shadowing.paper(traffic, shape, on: cluster).experts }
 
-  private func shadowing(_ experts: [Int], after none: Volumes) -> Volumes {
-    var volumes = none
-    for expert in experts { volumes.shadow(expert) }
-    return volumes
-  }
+  private func shadowing(_ experts: [Int]) -> Volumes { Volumes(traffic, shape, on: cluster, shadows: experts) }
 
   /// The prefixes of the order by excess load that promise most, none and the paper's set: each with the least time that
   /// any schedule could take, the most promising first.
@@ -86,14 +82,16 @@ package struct Planner {
       found.insert((least, volumes), at: found.firstIndex { least < $0.least } ?? found.count)
     }
     var (volumes, affordable) = (none, plain)
-    for expert in Shadowing.byExcess(traffic, on: cluster) {
+    let order = Shadowing.byExcess(traffic, on: cluster)
+    for expert in order {
       volumes.shadow(expert)
       // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
       guard volumes.copying < affordable else { break }
       affordable = min(affordable, volumes.serial)
       consider(volumes)
     }
-    if !paper.isEmpty { consider(shadowing(paper, after: none)) }
+    let paper = self.paper
+    if !order.starts(with: paper) { consider(shadowing(paper)) }
     return found.map(\.volumes)
   }
 
@@ -112,8 +110,8 @@ package struct Planner {
     return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
   }
 
-  private mutating func everyExpert(_ none: Volumes, _ request: PlanRequest) -> Choice {
-    var volumes = shadowing(Array(0..<traffic.experts), after: none)
+  private mutating func everyExpert(_ request: PlanRequest) -> Choice {
+    var volumes = shadowing(Array(0..<traffic.experts))
     volumes.fetchesAgain = true
     var plan = Plan.everyExpert(workers: cluster.workers, experts: traffic.experts)
     if request.schedule == .coarse { plan = plan.inSeries }

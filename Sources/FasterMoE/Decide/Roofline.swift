@@ -54,29 +54,48 @@ package struct Volumes {
   /// Whether backward fetches the shadows again (ZeRO stage 3).
   package var fetchesAgain = false
 
-  /// Without shadows.
-  package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
+  /// With `shadows`, in the order in which they are fetched. O(W·(W + E)).
+  package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, shadows: [Int] = []) {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
-    rows = traffic.rowsOfExperts
+    (rows, between) = (traffic.rowsOfExperts, RowsBetween(traffic, on: cluster))
     busy = Array(repeating: 0, count: cluster.workers)
-    for expert in 0..<traffic.experts {
-      let seat = cluster.seats[traffic.owner(of: expert)]
-      busy[seat] += shape.seconds(rows: rows[expert], at: cluster.curves[seat]).value
-    }
-    between = RowsBetween(traffic, on: cluster)
-    loads = LinkLoads(between, on: cluster, Groups(workers: cluster.workers, size: cluster.workers))
     shadowsOf = Array(repeating: 0, count: cluster.workers)
+    var isShadow = Array(repeating: false, count: traffic.experts)
+    for expert in shadows { isShadow[expert] = true }
+    shadowSeconds = Array(repeating: 0, count: shadows.count * cluster.workers)
+    for seat in 0..<cluster.workers {
+      let (curve, rank) = (cluster.curves[seat], cluster.ranks[seat])
+      for expert in traffic.owned(by: rank) where !isShadow[expert] {
+        busy[seat] += shape.seconds(rows: rows[expert], at: curve).value
+      }
+      for (index, expert) in shadows.enumerated() {
+        let seconds = shape.seconds(rows: Int(traffic.counts[rank * traffic.experts + expert]), at: curve).value
+        shadowSeconds[index * cluster.workers + seat] = seconds
+        busy[seat] += seconds
+      }
+    }
+    loads = LinkLoads(
+      between.without(shadows, of: traffic, on: cluster), on: cluster,
+      Groups(workers: cluster.workers, size: cluster.workers))
+    for expert in shadows { addCopy(of: expert) }
   }
 
+  /// One shadow more. O(W).
   package mutating func shadow(_ expert: Int) {
     let owner = cluster.seats[traffic.owner(of: expert)]
     busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.curves[owner]).value
     for seat in 0..<cluster.workers {
       let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
-      shadowSeconds.append(shape.seconds(rows: rows, at: cluster.curves[seat]).value)
-      busy[seat] += shadowSeconds[shadowSeconds.count - 1]
+      let seconds = shape.seconds(rows: rows, at: cluster.curves[seat]).value
+      shadowSeconds.append(seconds)
+      busy[seat] += seconds
       if seat != owner, rows > 0 { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
     }
+    addCopy(of: expert)
+  }
+
+  private mutating func addCopy(of expert: Int) {
+    let owner = cluster.seats[traffic.owner(of: expert)]
     shadowsOf[owner] += 1
     fetching = fetching + fetching(from: owner)
     reducing = reducing + reducing(to: owner)
@@ -171,11 +190,11 @@ package struct RowsBetween {
   func without(_ shadows: [Int], of traffic: Traffic, on cluster: Cluster) -> RowsBetween {
     guard !shadows.isEmpty else { return self }
     var left = self
-    for expert in shadows {
-      let owner = cluster.seats[traffic.owner(of: expert)]
-      for seat in 0..<traffic.workers {
-        left.rows[seat * traffic.workers + owner] -= Double(
-          traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
+    let owners = shadows.map { cluster.seats[traffic.owner(of: $0)] }
+    for seat in 0..<traffic.workers {
+      let counts = traffic.counts + cluster.ranks[seat] * traffic.experts
+      for (expert, owner) in zip(shadows, owners) {
+        left.rows[seat * traffic.workers + owner] -= Double(counts[expert])
       }
     }
     return left

@@ -14,10 +14,10 @@ package enum Shadowing {
     /// Three computes of the busiest worker.
     func computing(_ loads: [Int]) -> Seconds { shape.flops(rows: loads.reduce(0, max)) / peak }
 
-    var loads = (0..<workers).map { traffic.rows(at: $0) }
+    let rows = traffic.rowsOfExperts
+    var loads = (0..<workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
     let imbalanced = computing(loads) + shape.rowBytes * (4 * Double(loads.reduce(0, max))) / bandwidth  // eq. 7
     var (least, shadows) = (imbalanced, [Int]())
-    let rows = traffic.rowsOfExperts
     for expert in rows.indices.sorted(by: { (rows[$1], $0) < (rows[$0], $1) }) {
       let owner = traffic.owner(of: expert)
       var moved = loads

@@ -1,0 +1,239 @@
+// A cluster's JSON form, and how its places become seats and nodes.
+
+extension Cluster {
+  /// The JSON form; docs/model.md describes it.
+  package struct Document: Codable, Equatable, Sendable {
+    /// 1, the version of this form.
+    package var version = 1
+    package var places: [Place] = []
+    /// In the order of ranks.
+    package var workers: [Worker] = []
+    package var peers: [Peer]?
+    package var slowdown: Double?
+    enum CodingKeys: String, CodingKey {
+      case version = "fastermoe_cluster"
+      case places, workers
+      case peers = "peer_links"
+      case slowdown = "computing_slowdown"
+    }
+    package init() {}
+
+    package struct Link: Codable, Equatable, Sendable {
+      /// Missing: infinite.
+      package var bandwidth: Double?
+      /// Missing: none.
+      package var latency: Double?
+      enum CodingKeys: String, CodingKey {
+        case bandwidth = "bytes_per_second"
+        case latency = "latency_seconds"
+      }
+    }
+
+    package struct Place: Codable, Equatable, Sendable {
+      package var name: String
+      /// The place around it; only the root has none.
+      package var `in`: String?
+      /// The link to the place around it, and from it; missing: as `up`; both missing: infinite.
+      package var up: Link?
+      package var down: Link?
+    }
+
+    package struct Worker: Codable, Equatable, Sendable {
+      package var name: String
+      package var `in`: String
+      package var up: Link?
+      package var down: Link?
+      package var flops: [Sample]
+      enum CodingKeys: String, CodingKey {
+        case name, `in`, up, down
+        case flops = "flops_per_second"
+      }
+    }
+
+    package struct Peer: Codable, Equatable, Sendable {
+      package var from: String
+      package var to: String
+      package var there: Link
+      /// Missing: as `there`.
+      package var back: Link?
+    }
+
+    /// `[rows, flops per second]`
+    package struct Sample: Codable, Equatable, Sendable {
+      package var rows: Int
+      package var rate: Double
+      package init(rows: Int, rate: Double) { (self.rows, self.rate) = (rows, rate) }
+
+      package init(from decoder: any Decoder) throws {
+        var pair = try decoder.unkeyedContainer()
+        let whole = Int(exactly: try pair.decode(Double.self))
+        rate = try pair.decode(Double.self)
+        guard let whole, pair.isAtEnd else {
+          throw DecodingError.dataCorruptedError(
+            in: pair, debugDescription: "must be a pair: [whole number of rows, flops per second]")
+        }
+        rows = whole
+      }
+
+      package func encode(to encoder: any Encoder) throws {
+        var pair = encoder.unkeyedContainer()
+        try pair.encode(rows)
+        try pair.encode(rate)
+      }
+    }
+  }
+
+  /// Puts the places of a document in order.
+  struct Layout {
+    var ranks: [Int] = []
+    var seats: [Int]
+    var nodes: [Node] = []
+    private var nodeOf: [String: Int] = [:]
+
+    init(_ document: Document) throws(Failure) {
+      let (places, workers) = (document.places, document.workers)
+      guard document.version == 1 else {
+        throw Failure(.file, "fastermoe_cluster is \(document.version); this version reads 1")
+      }
+      guard !workers.isEmpty else { throw Failure(.file, "there are no workers") }
+      guard workers.count <= mostWorkers else {
+        throw Failure(.file, "\(workers.count) workers are more than the \(mostWorkers) that a cluster may have")
+      }
+      // Places first, then workers, each by its name.
+      var index: [String: Int] = [:]
+      for (at, name) in (places.map(\.name) + workers.map(\.name)).enumerated() {
+        guard !name.isEmpty else { throw Failure(.file, "a name is empty") }
+        guard index.updateValue(at, forKey: name) == nil else {
+          throw Failure(.file, "two places or workers are called \"\(name)\"")
+        }
+      }
+      var around: [Int] = []
+      var root = -1
+      for (name, home) in places.map({ ($0.name, $0.in) }) + workers.map({ ($0.name, Optional($0.in)) }) {
+        if let home {
+          guard let place = index[home] else {
+            throw Failure(.file, "\"\(name)\" is in \"\(home)\", which is not there")
+          }
+          guard place < places.count else {
+            throw Failure(.file, "\"\(name)\" is in \"\(home)\", which is a worker and holds nothing")
+          }
+          around.append(place)
+        } else {
+          guard root < 0 else {
+            throw Failure(
+              .file, "\"\(places[root].name)\" and \"\(name)\" are both in no place; only one may be the root")
+          }
+          root = around.count
+          around.append(root)
+        }
+      }
+      var children = Array(repeating: [Int](), count: around.count)
+      for (at, home) in around.enumerated() where at != root { children[home].append(at) }
+      seats = Array(repeating: 0, count: workers.count)
+
+      // From the root down: what a walk does not reach lies on a circle.
+      var order: [Int] = root >= 0 ? [root] : []
+      var next = 0
+      while next < order.count {
+        order.append(contentsOf: children[order[next]])
+        next += 1
+      }
+      let reached = Set(order)
+      if let lost = around.indices.first(where: { !reached.contains($0) }) {
+        let name = lost < places.count ? places[lost].name : workers[lost - places.count].name
+        throw Failure(.file, "\"\(name)\" is in places that go round in a circle, not in a tree")
+      }
+      // Subtrees by their lowest rank, so that seats follow ranks wherever the tree lets them.
+      var lowest = around.indices.map { $0 < places.count ? Int.max : $0 - places.count }
+      for at in order.reversed() where at != root { lowest[around[at]] = min(lowest[around[at]], lowest[at]) }
+      var pending = [root]
+      var seatOf = Array(repeating: -1, count: around.count)
+      while let at = pending.popLast() {
+        if at >= places.count {
+          seatOf[at] = ranks.count
+          seats[at - places.count] = ranks.count
+          ranks.append(at - places.count)
+        }
+        pending.append(contentsOf: children[at].sorted { (lowest[$0], $0) > (lowest[$1], $1) })
+      }
+      // Nodes: seats, then places from the leaves up.
+      var node = seatOf
+      var count = workers.count
+      for at in order.reversed() where at < places.count {
+        node[at] = count
+        count += 1
+      }
+      nodes = Array(repeating: Node(parent: 0, seats: 0..<0, up: Cost(), down: Cost()), count: count)
+      for at in order.reversed() {
+        let own = node[at]
+        if at >= places.count { nodes[own].seats = own..<own + 1 }
+        nodes[own].parent = node[around[at]]
+        let (name, up, down) =
+          at < places.count
+          ? (places[at].name, places[at].up, places[at].down)
+          : (workers[at - places.count].name, workers[at - places.count].up, workers[at - places.count].down)
+        guard at != root || (up == nil && down == nil) else {
+          throw Failure(.file, "\"\(name)\" has a link up, but is in no place")
+        }
+        guard up != nil || down == nil else { throw Failure(.file, "\"\(name)\" has a link down and none up") }
+        nodes[own].up = try Layout.cost(up, "the link up from \"\(name)\"")
+        nodes[own].down = try Layout.cost(down ?? up, "the link down to \"\(name)\"")
+        guard at != root, !nodes[own].seats.isEmpty else { continue }
+        let above = nodes[node[around[at]]].seats
+        nodes[node[around[at]]].seats =
+          above.isEmpty
+          ? nodes[own].seats
+          : min(above.lowerBound, nodes[own].seats.lowerBound)..<max(above.upperBound, nodes[own].seats.upperBound)
+      }
+      for (name, at) in index { nodeOf[name] = node[at] }
+    }
+
+    /// Both directions of every peer link.
+    func peers(_ given: [Document.Peer]) throws(Failure) -> [PeerLink] {
+      var links: [PeerLink] = []
+      for peer in given {
+        for name in [peer.from, peer.to] where nodeOf[name] == nil {
+          throw Failure(.file, "a peer link joins \"\(name)\", which is not there")
+        }
+        let (a, b) = (nodeOf[peer.from]!, nodeOf[peer.to]!)
+        guard !nodes[a].seats.overlaps(nodes[b].seats), !nodes[a].seats.isEmpty, !nodes[b].seats.isEmpty else {
+          throw Failure(.file, "a peer link joins \"\(peer.from)\" and \"\(peer.to)\", which are not workers apart")
+        }
+        for link in links
+        where nodes[link.from].seats.overlaps(nodes[a].seats) && nodes[link.to].seats.overlaps(nodes[b].seats) {
+          throw Failure(.file, "two peer links join workers of \"\(peer.from)\" and \"\(peer.to)\"")
+        }
+        let what = "the peer link between \"\(peer.from)\" and \"\(peer.to)\""
+        links.append(PeerLink(from: a, to: b, cost: try Layout.cost(peer.there, what)))
+        links.append(PeerLink(from: b, to: a, cost: try Layout.cost(peer.back ?? peer.there, what)))
+      }
+      return links
+    }
+
+    static func curve(_ samples: [Document.Sample], _ worker: String) throws(Failure) -> RateCurve {
+      guard !samples.isEmpty else { throw Failure(.file, "\(worker) has no flops_per_second") }
+      for (index, sample) in samples.enumerated() {
+        guard sample.rows >= 1, index == 0 || sample.rows > samples[index - 1].rows else {
+          throw Failure(.file, "\(worker): rows of flops_per_second must be positive and rise, not \(sample.rows)")
+        }
+        guard sample.rate > 0, sample.rate.isFinite else {
+          throw Failure(
+            .file,
+            "\(worker): flops_per_second at \(sample.rows) rows is \(sample.rate); it must be positive and finite")
+        }
+      }
+      return RateCurve(samples.map { RateCurve.Sample(rows: $0.rows, rate: FlopRate($0.rate)) })
+    }
+
+    private static func cost(_ link: Document.Link?, _ what: String) throws(Failure) -> Cost {
+      let (bandwidth, latency) = (link?.bandwidth ?? .infinity, link?.latency ?? 0)
+      guard bandwidth > 0 else {
+        throw Failure(.file, "\(what) has \(bandwidth) bytes_per_second; it must be positive")
+      }
+      guard latency >= 0, latency.isFinite else {
+        throw Failure(.file, "\(what) has \(latency) latency_seconds; it must be finite, 0 or more")
+      }
+      return Cost(slowness: 1 / bandwidth, latency: latency)
+    }
+  }
+}
