@@ -477,6 +477,10 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       )
       let (plan, report) = try planner.plan(PlanRequest())
       #expect(report.planned <= report.plain && report.ideal.value <= report.planned.value * (1 + Self.rounding))
+      var request = PlanRequest()
+      request.shadowing = .paper
+      // Where a plan is good enough, the rest is not tried.
+      #expect(try report.planned.value <= planner.plan(request).report.planned.value * 1.005)
       #expect(report.shadows == plan.shadows.count && report.steps == plan.forward.count + plan.backward.count)
       #expect(try another.plan(PlanRequest()).plan == plan, "the same values, the same plan")
       #expect(abs(Self.seconds(plan, batch, shape, cluster) - report.planned.value) <= Self.rounding)

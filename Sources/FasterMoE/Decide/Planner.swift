@@ -70,35 +70,37 @@ package struct Planner {
 
   private func shadowing(_ experts: [Int]) -> Volumes { Volumes(traffic, shape, on: cluster, shadows: experts) }
 
-  /// The prefixes of the order by excess load that promise most, none and the paper's set: each with the least time that
-  /// any schedule could take, the most promising first.
+  /// No shadow, the paper's set, and the prefixes of the order by excess load whose bounds are least; by the least time
+  /// that any schedule of each could take.
   private func candidates(after none: Volumes, below plain: Seconds) -> [Volumes] {
-    let room = max(2, min(Planner.mostSets, Planner.mostPairs / (cluster.workers * cluster.workers)))
-    var found = [(least: none.least, volumes: none)]
-    func consider(_ volumes: Volumes) {
+    let room = max(1, min(Planner.mostSets, Planner.mostPairs / (cluster.workers * cluster.workers)))
+    var found: [(least: Seconds, volumes: Volumes)] = []
+    func insert(_ volumes: Volumes) {
       let least = volumes.least
-      guard found.count < room || least < found[found.count - 1].least else { return }
-      if found.count == room { found.removeLast() }
       found.insert((least, volumes), at: found.firstIndex { least < $0.least } ?? found.count)
     }
     var (volumes, affordable) = (none, plain)
-    let order = Shadowing.byExcess(traffic, on: cluster)
-    for expert in order {
+    for expert in Shadowing.byExcess(traffic, on: cluster) {
       volumes.shadow(expert)
       // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
       guard volumes.copying < affordable else { break }
       affordable = min(affordable, volumes.serial)
-      consider(volumes)
+      if found.count == room {
+        guard volumes.least < found[room - 1].least else { continue }
+        found.removeLast()
+      }
+      insert(volumes)
     }
     let paper = self.paper
-    if !order.starts(with: paper) { consider(shadowing(paper)) }
+    if !paper.isEmpty, !found.contains(where: { $0.volumes.shadows == paper }) { insert(shadowing(paper)) }
+    insert(none)
     return found.map(\.volumes)
   }
 
-  /// Most sets of shadows whose schedules are played, and most pairs of workers over all of them: planning must stay
-  /// small beside what it plans.
+  /// Most prefixes whose schedules are played, and most pairs of workers over all of them: planning must stay small
+  /// beside what it plans.
   private static let mostSets = 8
-  private static let mostPairs = 1 << 21
+  private static let mostPairs = 1 << 20
   /// A plan that takes this many times what no other can beat is good enough.
   private static let enough = 1.005
 
