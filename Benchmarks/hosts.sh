@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 prefix=$(realpath "$1") out=$(realpath "$2") mpi=${MPI:-openmpi}
 hosts=Tests/Cluster/hosts.sh
+export HOSTS=bench-$$
 export PKG_CONFIG_PATH=$prefix/lib/pkgconfig LD_LIBRARY_PATH=$prefix/lib
 "$hosts" can
 trap '"$hosts" down' EXIT
@@ -18,6 +19,9 @@ for count in 2 4; do
   "$hosts" up $count 1gbit
   "$hosts" run "$mpi" "$out/wire" --json "$out/wire-$count.json"
 done
+echo "== one expert with half of all rows, 4 hosts, links of 100 Mbit/s"
+"$hosts" up 4 100mbit
+"$hosts" run "$mpi" "$out/overlap" --shape 2048,512,256,4,1 --hot 0.5 --repeats 5 --json "$out/overlap-hot.json"
 # Hidden widths at which computing takes about as long as communicating, and a third longer.
 echo "== rows travel while experts compute, 2 hosts"
 for link in 1gbit:270,350 250mbit:1000,1150; do

@@ -23,8 +23,8 @@
  *             that rank gets its own status and the others FMOE_ERROR_PEER, and the group may go on.  Where a peer is lost or
  *             silent, the group is broken: its collective calls fail from then on, and destroying is all that is left.
  *             Ranks are only known to each other by their handles: a NULL handle fails alone, its peers wait for it.
- * This        version has the plain schedule and FMOE_GATE_TOPK.  A call or an option that is declared here and not there
- * version     yet returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
+ * This        version has FMOE_GATE_TOPK alone.  A call or an option that is declared here and not there yet returns
+ * version     FMOE_ERROR_UNSUPPORTED, and its text says so. */
 #ifndef FASTERMOE_H
 #define FASTERMOE_H
 #include <stdint.h>
@@ -56,7 +56,8 @@ typedef enum fmoe_status {
 } fmoe_status;
 const char *fmoe_status_name(int32_t status); /* static; never NULL */
 const char *fmoe_last_error(void);            /* this thread's latest failure, in words; until its next failure */
-/* For headers that add to this one, as fastermoe_mpi.h does: copies words for fmoe_last_error (NULL: leaves what is there), returns status. */
+/* For headers that add to this one, as fastermoe_mpi.h does: copies words for fmoe_last_error (NULL: leaves what is there)
+ * and returns status. */
 fmoe_status fmoe_set_last_error(fmoe_status status, const char *words);
 uint32_t fmoe_version(void);                  /* of the loaded library: major << 16 | minor << 8 | patch */
 
@@ -87,8 +88,9 @@ typedef struct fmoe_transport {           /* what the library needs from MPI, UC
    * The library calls them from the thread that is in a collective call and only during such calls.  It sends large
    * volumes in messages of 60 KiB at most, several under way to each peer and received ahead; a sent message that counts
    * as moved only once its receiver has it (as MPI_Issend does) bounds what a slow receiver must store.
-   * release: once the group is gone; from then on no message's bytes may be touched.  If making the group fails, release
-   * is not called and the context stays the caller's; where a peer was lost, requests may then still be open. */
+   * release: once the group is gone.  Messages of a broken group may still be under way then: the library never gives
+   * their memory back.  If making the group fails, release is not called and the context stays the caller's; where a peer
+   * was lost, requests may then still be open. */
   int32_t (*start)(void *context, const fmoe_message *messages, int32_t count /* 1 or more */, void **request);
   int32_t (*test)(void *context, void *request, int32_t *done);
   void (*release)(void *context);         /* may be NULL */

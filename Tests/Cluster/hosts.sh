@@ -5,11 +5,11 @@
 #   hosts.sh exec I COMMAND...   on host I of 0..N-1, which has the address 10.87.0.(I+1) and the core I mod cores
 #   hosts.sh can                 whether the machine allows this: exit code 77 and a reason, if not
 #   hosts.sh down                leaves nothing
-# A host is a process with namespaces of its own: network, hostname, /dev/shm, processes.  All hang on a switch, which is
-# a bridge in one more namespace, where mpirun starts; the machine's own network is not touched.  LIMIT=300: the seconds
-# that run may take.
+# A host is a process with namespaces of its own: network, hostname, /dev/shm, processes.  All hang on a switch, a
+# bridge in one more namespace, where mpirun starts; the machine's own network is not touched.  LIMIT=300 s ends a run.
+# HOSTS=name: several such clusters side by side.
 set -u
-state=/run/fastermoe-hosts
+state=/run/fastermoe-hosts${HOSTS:+-$HOSTS}
 self=$(realpath "$0")
 
 no() { echo "hosts.sh: $*" >&2; exit 77; }
@@ -28,12 +28,13 @@ can() {
   for tool in unshare nsenter taskset ip tc; do
     command -v $tool >/dev/null || no "needs $tool (packages iproute2 and util-linux)"
   done
-  unshare --net --uts --ipc --mount --pid --fork -- sh -ec 'ip link add bridge0 type bridge; ip link add end0 type veth peer name end1
-    tc qdisc add dev end0 root tbf rate 1gbit burst 128000 limit 1000000' 2>/dev/null ||
+  unshare --net --uts --ipc --mount --pid --fork -- sh -ec 'ip link add bridge0 type bridge
+    ip link add end0 type veth peer name end1; tc qdisc add dev end0 root tbf rate 1gbit burst 128000 limit 1000000
+  ' 2>/dev/null ||
     no "this machine allows no namespaces, or no bridge, veth or tc tbf in them"
 }
 
-# The processes of a namespace end with its first one, which lives until it is killed, and its links with them.
+# A host's first process takes all others of the host and its link along when it is killed; it also buries orphans.
 start() { # NAME unshare-options...
   local name=$1
   shift
@@ -41,7 +42,8 @@ start() { # NAME unshare-options...
     mount --bind "$2/hosts" /etc/hosts
     [ "$1" = switch ] || mount -t tmpfs -o mode=1777 tmpfs /dev/shm
     echo cubic >/proc/sys/net/ipv4/tcp_congestion_control; echo 0 >/proc/sys/net/ipv4/tcp_slow_start_after_idle
-    : >"$2/$1.ready"; while :; do sleep infinity; done' - "$name" "$state" </dev/null >/dev/null 2>&1 &
+    : >"$2/$1.ready"; [ "$1" != switch ] || exec sleep infinity
+    while :; do sleep infinity; done' - "$name" "$state" </dev/null >/dev/null 2>&1 &
   local outer=$! tries
   disown
   for ((tries = 0; tries < 250; tries++)); do [ -e "$state/$name.ready" ] && break; sleep 0.02; done

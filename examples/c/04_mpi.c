@@ -1,4 +1,4 @@
-/* 04_mpi.c: one layer, its experts spread over the ranks of MPI, learns a function.  Any number of ranks that divides 8:
+/* 04_mpi.c: one layer, its experts spread over MPI ranks, learns a function.  Any number of ranks that divides 8:
  *
  *   mpicc 04_mpi.c $(pkg-config --cflags --libs fastermoe) -o mpi && mpirun -n 4 ./mpi
  *
@@ -41,7 +41,7 @@ static double loss_of_output(void) {
 }
 
 static void descend(float *values, const float *gradients, int64_t count) {
-  for (int64_t i = 0; i < count; i++) values[i] -= 0.5f * gradients[i];
+  for (int64_t i = 0; i < count; i++) values[i] -= 3.0f * gradients[i];
 }
 
 int main(int argc, char **argv) {
@@ -50,7 +50,7 @@ int main(int argc, char **argv) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
 
-  fmoe_group_options limited = {.struct_size = sizeof limited, .timeout_seconds = 60}; /* no longer for a rank that hangs */
+  fmoe_group_options limited = {.struct_size = sizeof limited, .timeout_seconds = 60}; /* for a rank that hangs */
   fmoe_group *group;
   CHECK(fmoe_group_create_mpi(MPI_COMM_WORLD, &limited, &group));
   fmoe_layer_options options = FMOE_LAYER_OPTIONS_INIT;
