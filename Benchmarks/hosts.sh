@@ -24,7 +24,7 @@ echo "== one expert with half of all rows, 4 hosts, links of 100 Mbit/s"
 "$hosts" run "$mpi" "$out/overlap" --shape 2048,512,256,4,1 --hot 0.5 --repeats 5 --json "$out/overlap-hot.json"
 # Hidden widths at which computing takes about as long as communicating, and a third longer.
 echo "== rows travel while experts compute, 2 hosts"
-for link in 1gbit:270,350 250mbit:1000,1150; do
+for link in 1gbit:500,650 250mbit:2000,2400; do
   "$hosts" up 2 "${link%:*}"
   for hidden in $(echo "${link#*:}" | tr , ' '); do
     echo "-- ${link%:*}/s"

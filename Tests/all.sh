@@ -113,6 +113,7 @@ case $(uname -m) in x86_64) base=haswell ;; *) base=native ;; esac
 step "format" format
 step "Swift tests" swift_tests "$base"
 if grep -q avx512vl /proc/cpuinfo; then step "Swift tests, AVX-512" swift_tests skylake-avx512; fi
+step "sums stay in registers" Tests/registers.sh .build/*/release/libfastermoe.so
 step "thread sanitizer" thread_sanitizer "$base"
 step "C and C++ interface, gcc and clang" c_interface test
 step "C interface under valgrind" c_interface valgrind

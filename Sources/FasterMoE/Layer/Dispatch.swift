@@ -9,12 +9,16 @@ extension Pass {
 
   /// Where the others find this worker's rows, if they share its memory.
   var addresses: Notice.Words {
-    func address(_ pointer: UnsafeRawPointer?) -> UInt64 { UInt64(UInt(bitPattern: pointer)) }
-    return [
-      address(tokens), address(gradOutput), address(store.routing.slots), address(store.routing.firstRow),
-      address(store.routing.weights), address(store.rows), address(store.gradWeights),
-      address(layer!.values.base), address(inbox?.copyGrads), 0,
-    ]
+    var words = Notice.Words()
+    words.tokens = UnsafeRawPointer(tokens)
+    words.gradOutput = UnsafeRawPointer(gradOutput)
+    words.slots = UnsafeRawPointer(store.routing.slots)
+    words.weights = UnsafeRawPointer(store.routing.weights)
+    words.rows = UnsafeRawPointer(store.rows)
+    words.gradWeights = UnsafeRawPointer(store.gradWeights)
+    words.values = UnsafeRawPointer(layer!.values.base)
+    words.copyGrads = UnsafeRawPointer(inbox?.copyGrads)
+    return words
   }
 
   /// Whether backward does not use the copies that forward has fetched (ZeRO stage 3).
@@ -86,8 +90,8 @@ extension Pass {
   /// them over the transport.
   func lookAround(_ all: UnsafeMutablePointer<Notice>) {
     let (rank, d, moves) = (group.rank, shape.model, store.moves)
-    func floats(_ worker: Int, _ index: Int) -> UnsafeMutablePointer<Float>? {
-      UnsafeMutablePointer(bitPattern: UInt(all[worker].words[index]))
+    func floats(_ address: UnsafeRawPointer?) -> UnsafeMutablePointer<Float>? {
+      UnsafeMutableRawPointer(mutating: address)?.assumingMemoryBound(to: Float.self)
     }
     var before = 0
     for worker in 0..<group.size {
@@ -95,9 +99,10 @@ extension Pass {
       if worker == rank || group.peers.shareMemory {
         place.initialize(
           to: Source(
-            tokens: floats(worker, 0), grads: floats(worker, 1),
-            slots: UnsafePointer(bitPattern: UInt(all[worker].words[2])), rows: floats(worker, 5),
-            weights: floats(worker, 4), gradWeights: floats(worker, 6), shape))
+            tokens: floats(all[worker].words.tokens), grads: floats(all[worker].words.gradOutput),
+            slots: all[worker].words.slots?.assumingMemoryBound(to: Int32.self),
+            rows: floats(all[worker].words.rows), weights: floats(all[worker].words.weights),
+            gradWeights: floats(all[worker].words.gradWeights), shape))
       } else {
         place.initialize(
           to: Source(
@@ -112,14 +117,14 @@ extension Pass {
       let theirs = expert - moves.traffic.owned(by: owner).lowerBound
       let values =
         group.peers.shareMemory
-        ? ExpertTensors(layer!.values, theirs, shape, shift: floats(owner, 7)! - layer!.values.base)
+        ? ExpertTensors(layer!.values, theirs, shape, shift: floats(all[owner].words.values)! - layer!.values.base)
         : ExpertTensors(copy: inbox.copyValues + index * inbox.copyFloats, shape)
       let grads = ExpertTensors(copy: inbox.copyGrads + index * inbox.copyFloats, shape)
       (inbox.copies + index).initialize(to: (values: values, grads: grads))
     }
     copyGrads.removeAll(keepingCapacity: true)
     for worker in 0..<group.size where worker != rank && group.peers.shareMemory && !shadows.isEmpty {
-      copyGrads.append(floats(worker, 8)!)
+      copyGrads.append(floats(all[worker].words.copyGrads)!)
     }
     if !group.peers.shareMemory && !shadows.isEmpty { copyGrads.append(inbox.copySums) }
   }

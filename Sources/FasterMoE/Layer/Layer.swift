@@ -130,9 +130,9 @@ package final class Layer {
     do throws(Failure) {
       let all = try group.agree(
         call, own, same: [UInt64(number), UInt64(passes), 0, 0, 0, 0, 0, 0],
-        words: [UInt64(max(0, n)), 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        words: Notice.Words(number: max(0, n)))
       passes += 1
-      let tokens = (0..<group.size).reduce(0) { $0 + Int(all[$1].words[0]) }
+      let tokens = (0..<group.size).reduce(0) { $0 + Int(all[$1].words.number) }
       try begun!.hearCounts(number: passes, tokensOfAll: tokens)
     } catch {
       begun?.end()

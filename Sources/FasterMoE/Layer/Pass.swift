@@ -191,9 +191,9 @@ package final class Pass: TeamWork {
       }
     }
     let all = try group.agree(
-      .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: [wantsReport ? 1 : 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+      .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: Notice.Words(number: wantsReport ? 1 : 0))
     var report: PlanReport?
-    if (0..<peers.size).contains(where: { all[$0].words[0] != 0 }) {
+    if (0..<peers.size).contains(where: { all[$0].words.number != 0 }) {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
     }
     self.request = asked!

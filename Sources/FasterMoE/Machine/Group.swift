@@ -120,7 +120,7 @@ package final class Group {
   @discardableResult
   package func agree(
     _ call: Notice.Call, _ own: Failure?, same: Notice.Same = .init(repeating: 0),
-    words: Notice.Words = .init(repeating: 0)
+    words: Notice.Words = .init()
   ) throws(Failure) -> UnsafeMutablePointer<Notice> {
     try Notice.agree(call, own, same: same, words: words, with: peers, into: notices)
     return notices

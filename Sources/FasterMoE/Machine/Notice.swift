@@ -17,8 +17,13 @@ package struct Notice: BitwiseCopyable {
       }
     }
   }
-  package typealias Same = InlineArray<8, UInt64>
-  package typealias Words = InlineArray<10, UInt64>
+  package typealias Same = SIMD8<UInt64>
+  /// What a call tells the others: a number of its own, and where this rank's part of a pass is in memory.
+  package struct Words: BitwiseCopyable {
+    package var number: UInt64 = 0
+    package var tokens, gradOutput, slots, weights, rows, gradWeights, values, copyGrads: UnsafeRawPointer?
+    package init(number: Int = 0) { self.number = UInt64(number) }
+  }
 
   private let call: UInt32
   /// 0, or 1 from a rank that cannot go on.
@@ -28,7 +33,7 @@ package struct Notice: BitwiseCopyable {
 
   /// Fails unless all ranks are in `call`, can go on, and say the same where they must.
   package static func agree(
-    _ call: Call, _ own: Failure?, same: Same = .init(repeating: 0), words: Words = .init(repeating: 0),
+    _ call: Call, _ own: Failure?, same: Same = .init(repeating: 0), words: Words = Words(),
     with peers: any Peers, into all: UnsafeMutablePointer<Notice>
   ) throws(Failure) {
     var notice = Notice(call: call.rawValue, hasFailed: own == nil ? 0 : 1, same: same, words: words)
@@ -45,7 +50,7 @@ package struct Notice: BitwiseCopyable {
       let names = [0, rank].map { Call(rawValue: all[$0].call)?.name ?? "a call of another version" }
       throw Failure(.disagree, "rank 0 is in \(names[0]) while rank \(rank) is in \(names[1])")
     }
-    for rank in 0..<peers.size where same.indices.contains(where: { all[rank].same[$0] != all[0].same[$0] }) {
+    for rank in 0..<peers.size where all[rank].same != all[0].same {
       throw Failure(
         .disagree, "rank 0 and rank \(rank) call \(call.name) with different options or on different objects")
     }

@@ -36,8 +36,7 @@ package final class Wire {
     let source: Int
     var started = 0
     var moved = 0
-    /// Requests under way, oldest first, in a ring.
-    var requests = InlineArray<16, UnsafeMutableRawPointer?>(repeating: nil)
+    /// Of the requests under way the oldest, in the stream's ring.
     var oldest = 0
     var underWay = 0
   }
@@ -48,6 +47,8 @@ package final class Wire {
   private let window: Int
   private var capacity: Int
   private var streams: UnsafeMutablePointer<Stream>
+  /// A ring of `mostUnderWay` requests for each stream.
+  private var requests: UnsafeMutablePointer<UnsafeMutableRawPointer?>
   private var count = 0
   private var freight: (any Freight)?
   /// Why nothing can move any more.
@@ -64,11 +65,13 @@ package final class Wire {
     window = max(2, min(Wire.mostUnderWay - 2, 8 / max(1, transport.size - 1)))
     capacity = 4 * transport.size
     streams = .allocate(capacity: capacity)
+    requests = .allocate(capacity: capacity * Wire.mostUnderWay)
   }
 
   deinit {
     streams.deinitialize(count: count)
     streams.deallocate()
+    requests.deallocate()
   }
 
   /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
@@ -95,8 +98,11 @@ package final class Wire {
     if self.count == capacity {
       let more = UnsafeMutablePointer<Stream>.allocate(capacity: 2 * capacity)
       more.moveInitialize(from: streams, count: capacity)
+      // Streams are added before any of them has begun: no request is under way.
       streams.deallocate()
+      requests.deallocate()
       (streams, capacity) = (more, 2 * capacity)
+      requests = .allocate(capacity: capacity * Wire.mostUnderWay)
     }
     (streams + self.count).initialize(
       to: Stream(peer: peer, receiving: receiving, base: bytes, bytes: count, tag: tag, step: step, source: source))
@@ -157,7 +163,7 @@ package final class Wire {
   private func take(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) -> Bool {
     var hasMoved = false
     while stream.pointee.underWay > 0 {
-      let request = stream.pointee.requests[stream.pointee.oldest]
+      let request = ring(stream)[stream.pointee.oldest]
       guard try transport.isDone(request, peer: stream.pointee.peer) else { break }
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.moved)
       if stream.pointee.receiving, stream.pointee.tag >= 0 {
@@ -182,12 +188,16 @@ package final class Wire {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.mostUnderWay
-      stream.pointee.requests[place] = try transport.start(
+      ring(stream)[place] = try transport.start(
         stream.pointee.base + stream.pointee.started, size, peer: stream.pointee.peer,
         receiving: stream.pointee.receiving)
       stream.pointee.started += size
       stream.pointee.underWay += 1
     }
+  }
+
+  private func ring(_ stream: UnsafeMutablePointer<Stream>) -> UnsafeMutablePointer<UnsafeMutableRawPointer?> {
+    requests + (stream - streams) * Wire.mostUnderWay
   }
 
   /// Leaves the core to others: for a moment while an answer may be near, then longer.
