@@ -4,6 +4,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -225,6 +226,14 @@ static void test_refusals(fmoe_cluster *johnny) {
   EXPECT(argument, fmoe_cluster_plan(johnny, &good, NULL, NULL, &report));
   EXPECT(argument, fmoe_cluster_plan(johnny, &good, hot, NULL, NULL));
   EXPECT(argument, fmoe_cluster_write(johnny, NULL));
+  /* Links and devices are not replaced; these are made here, so that nothing of the machine's is at stake. */
+  char folder[] = "/tmp/fastermoe-XXXXXX", link[64], pipe[64], kept[8] = "";
+  CHECK(mkdtemp(folder) != NULL, "%s", folder);
+  snprintf(link, sizeof link, "%s/link", folder), snprintf(pipe, sizeof pipe, "%s/pipe", folder);
+  CHECK(!symlink("nowhere", link) && !mkfifo(pipe, 0600), "%s", folder);
+  EXPECT(FMOE_ERROR_FILE, fmoe_cluster_write(johnny, link));
+  EXPECT(FMOE_ERROR_FILE, fmoe_cluster_write(johnny, pipe));
+  CHECK(readlink(link, kept, sizeof kept) == 7 && !unlink(link) && !unlink(pipe) && !rmdir(folder), "both are as they were");
   EXPECT(argument, fmoe_cluster_write(NULL, "x"));
   fmoe_cluster_destroy(NULL);
   CHECK(fmoe_cluster_size(NULL) == 0, "%d", fmoe_cluster_size(NULL));

@@ -25,8 +25,13 @@ package enum Documents {
     }
   }
 
-  /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one.
+  /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one. What is there and no file, such
+  /// as a device or a link, stays.
   package static func write(_ value: some Codable, to path: UnsafePointer<CChar>) throws(Failure) {
+    var there = stat()
+    guard lstat(path, &there) != 0 || there.st_mode & S_IFMT == S_IFREG else {
+      throw Failure(.file, "\(String(cString: path)): cannot be written: it is no file that could be replaced")
+    }
     let data: Data
     do { data = try encoder.encode(value) + [UInt8(ascii: "\n")] } catch {
       throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
