@@ -22,7 +22,8 @@
  * Together.   A collective call succeeds on all ranks or fails on all.  Where one rank's arguments or memory are at fault,
  *             that rank gets its own status and the others FMOE_ERROR_PEER, and the group may go on.  Where a peer is lost or
  *             silent, the group is broken: its collective calls fail from then on, and destroying is all that is left.
- *             Ranks are only known to each other by their handles: a NULL handle fails alone, its peers wait for it.
+ *             Ranks are only known to each other by their handles: a NULL handle, or a transport that is refused, fails
+ *             alone and its peers wait for it.  Over a transport a rank may learn of a lost peer one call after another has.
  * This        version has FMOE_GATE_TOPK alone.  A call or an option that is declared here and not there yet returns
  * version     FMOE_ERROR_UNSUPPORTED, and its text says so. */
 #ifndef FASTERMOE_H
@@ -100,7 +101,8 @@ typedef struct fmoe_group_options {
   int32_t threads;                        /* compute threads of this rank; default: one per core of its share, at least 1 */
   int32_t bind;                           /* 0 pin threads to cores as hwloc says, 1 leave them to the scheduler */
   int32_t reserved;
-  double timeout_seconds;                 /* longest wait for a peer in which nothing comes; default: forever */
+  double timeout_seconds;                 /* longest wait for a peer in which nothing comes; over a transport longer than
+                                             any rank computes in one call; default: forever */
   const char *topology;                   /* hwloc XML path or synthetic string; default: this machine.  What is described
                                              gives the number of threads; they are only pinned on this machine */
   const char *profile;                    /* file of measured rates: read if there, written by fmoe_group_calibrate */

@@ -4,7 +4,8 @@
  * Threads.    Ask for MPI_Init_thread(..., MPI_THREAD_FUNNELED, ...) or more.  Only the thread that is in a collective
  *             fmoe call calls MPI, compute threads never: with FUNNELED, make these calls, and destroy, from the thread
  *             that started MPI.
- * End.        On every rank, destroy the group and all that hangs from it before MPI_Finalize.
+ * End.        On every rank, destroy the group and all that hangs from it before MPI_Finalize; several groups in the same
+ *             order everywhere, since MPI_Comm_free may wait for all ranks.
  * Own space.  Messages go over a duplicate of the communicator and never meet yours.
  * Lost        A killed rank is MPI's business: by default mpirun ends the whole job, within seconds.  One that hangs is
  * ranks.      not noticed by MPI, but by the group's timeout_seconds.  Then save what is worth it and MPI_Abort: with a

@@ -51,8 +51,10 @@ public func fmoe_group_create(
     let transport = try HostTransport(transport)
     var given = Group.Options()
     let refused = failure { () throws(Failure) in
-      try refuseNull(out, "out")
+      // First, since this rank waits for the others by its own timeout even to say that it cannot go on.
+      given.timeout = try groupTimeout(options)
       given = try groupOptions(options)
+      try refuseNull(out, "out")
     }
     let group = try Group.over(transport, given, failure: refused)
     transport.keep()

@@ -14,6 +14,9 @@ final class HostTransport: Transport {
     let c = try readOptions(
       try require(given, "transport"), "fmoe_transport", smallest: required, zero: fmoe_transport())
     guard c.size >= 1 else { throw Failure(.argument, "transport.size must be positive, not \(c.size)") }
+    guard c.size <= HostTransport.mostRanks else {
+      throw Failure(.argument, "transport.size \(c.size) is more than the \(HostTransport.mostRanks) a group may have")
+    }
     guard c.rank >= 0 && c.rank < c.size else {
       throw Failure(.argument, "transport.rank must be in 0..\(c.size - 1), not \(c.rank)")
     }
@@ -26,6 +29,8 @@ final class HostTransport: Transport {
   deinit {
     if isKept { functions.release?(functions.context) }
   }
+
+  private static let mostRanks: Int32 = 1 << 16
 
   func keep() { isKept = true }
 

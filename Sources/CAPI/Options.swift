@@ -8,16 +8,21 @@ func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -
   guard c.threads >= 0 else { throw Failure(.argument, "threads must not be negative, not \(c.threads)") }
   guard c.bind == 0 || c.bind == 1 else { throw Failure(.options, "bind is 0 or 1, not \(c.bind)") }
   guard c.reserved == 0 else { throw Failure(.options, "fmoe_group_options.reserved must be 0") }
-  guard c.timeout_seconds >= 0 else {
-    throw Failure(.argument, "timeout_seconds must not be negative, not \(c.timeout_seconds)")
-  }
   guard c.profile == nil else { throw Failure(.unsupported, "a profile of measured rates is not in this version yet") }
   var options = Group.Options()
   options.threads = Int(c.threads)
   options.pins = c.bind == 0
   options.topology = c.topology
-  options.timeout = c.timeout_seconds > 0 ? Seconds(c.timeout_seconds) : nil
+  options.timeout = try groupTimeout(given)
   return options
+}
+
+func groupTimeout(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -> Seconds? {
+  let c = try readOptions(given, "fmoe_group_options", smallest: 4, zero: fmoe_group_options())
+  guard c.timeout_seconds >= 0 else {
+    throw Failure(.argument, "timeout_seconds must not be negative, not \(c.timeout_seconds)")
+  }
+  return c.timeout_seconds > 0 ? Seconds(c.timeout_seconds) : nil
 }
 
 extension Layer.Options {

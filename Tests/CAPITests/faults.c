@@ -710,6 +710,7 @@ static void test_bad_transports(void) {
   t = good, t.test = NULL, refuse(argument, argument, &t, NULL);
   t = good, t.size = 0, refuse(argument, argument, &t, NULL);
   t = good, t.size = INT32_MIN, refuse(argument, argument, &t, NULL);
+  t = good, t.size = INT32_MAX, refuse(argument, argument, &t, NULL);
   t = good, t.rank = -1, refuse(argument, argument, &t, NULL);
   t = good, t.rank = 1, refuse(argument, argument, &t, NULL);
   t = good, t.size = 3, t.rank = 3, refuse(argument, argument, &t, NULL);

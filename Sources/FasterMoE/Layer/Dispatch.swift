@@ -71,6 +71,9 @@ extension Pass {
   func openInbox() throws(Failure) {
     let overWire = !group.peers.shareMemory
     store.moves.shadow(shadows)
+    guard store.moves.rows(at: group.rank) <= Int(Int32.max) else {
+      throw Failure(.argument, "\(store.moves.rows(at: group.rank)) rows to compute here do not fit 31 bits")
+    }
     store.routing.sort(slots: count * shape.choices, experts: shape.experts, store.moves)
     rounds = chooseRounds()
     var size = Arena()

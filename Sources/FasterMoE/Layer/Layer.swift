@@ -56,7 +56,7 @@ package final class Layer {
     try group.agree(.createLayer, own, same: given?.same ?? .init(repeating: 0))
     var made: Layer?
     own = failure { () throws(Failure) in made = try Layer(group, given!) }
-    try group.agree(.createLayer, own)
+    try group.agree(.createLayer, own, from: .call)
     group.layers += 1
     return made!
   }
@@ -72,6 +72,8 @@ package final class Layer {
     gradients = try Parameters(shape, owned: each)
     zeroing = Zeroing(gradients.base, gradients.floats, group.team)
     _ = try workspace()
+    // What gate and reduceGradients need of it.
+    try group.peers.reserve(bytes: shape.experts * MemoryLayout<UInt32>.stride, values: shape.experts * shape.model)
     for tensor in values.drawn(shape, owned: owned, seed: options.seed) {
       group.team.run(Drawing(tensor, group.team))
     }
@@ -175,9 +177,10 @@ package final class Layer {
 
   func workspace(_ slots: Workspace.Slots = .ring) throws(Failure) -> Workspace {
     let threads = group.team.threads
-    return Workspace(
-      shape, threads: threads, slots,
-      over: try group.workspace(bytes: Workspace(shape, threads: threads, slots).bytes))
+    let bytes = Workspace(shape, threads: threads, slots).bytes
+    // Rows that come differ from batch to batch: some room saves asking again.
+    let room = if case .rows = slots { bytes / 8 } else { 0 }
+    return Workspace(shape, threads: threads, slots, over: try group.workspace(bytes: bytes, room: room))
   }
 
   private static func tensors(_ block: borrowing Parameters) -> Tensors {

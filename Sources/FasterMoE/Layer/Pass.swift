@@ -151,7 +151,7 @@ package final class Pass: TeamWork {
     self.number = number
     let own = traffic.counts + group.rank * shape.experts
     for expert in 0..<shape.experts { own[expert] = UInt32(store.routing.counts[expert]) }
-    try group.peers.gather(own, bytes: shape.experts * MemoryLayout<UInt32>.stride, into: traffic.counts)
+    try group.peers.gather(own, bytes: shape.experts * MemoryLayout<UInt32>.stride, into: traffic.counts, from: .call)
     for worker in 0..<traffic.workers where traffic.rows(at: worker) > Int(Int32.max) {
       throw Failure(.argument, "\(traffic.rows(at: worker)) rows for the experts of rank \(worker) do not fit 31 bits")
     }

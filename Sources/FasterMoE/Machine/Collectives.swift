@@ -28,7 +28,9 @@ package final class WirePeers: Peers {
   }
 
   /// Everybody to everybody: one latency, and no byte crosses twice.
-  package func gather(_ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer) throws(Failure) {
+  package func gather(
+    _ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer, from entrance: Entrance
+  ) throws(Failure) {
     let space = try space(size * bytes)
     memcpy(space + rank * bytes, own, bytes)
     if bytes > 0 {
@@ -130,6 +132,20 @@ package final class WirePeers: Peers {
     return (chain[(place + size - 1) % size], chain[(place + 1) % size])
   }
 
+  package func reserve(bytes: Int, values: Int) throws(Failure) {
+    // As `gather` and the two ways of `sum` take it.
+    let sums = values * 4 <= WirePeers.small ? size * values : values + size * ((values + size - 1) / size)
+    let wanted = max(size * bytes, sums * 4)
+    if capacity < wanted { scratch = try Region(bytes: wanted, for: "messages to other ranks") }
+  }
+
+  private var capacity: Int {
+    switch scratch {
+    case .some(let region): region.bytes
+    case .none: 0
+    }
+  }
+
   /// Up to here a sum is bound by latency on every network: bytes of one rank's values.
   private static let small = 16 << 10
 
@@ -148,12 +164,15 @@ package final class WirePeers: Peers {
   /// has failed: so it gets none of the caller's, and nobody else gets this any more.
   private func space(_ bytes: Int) throws(Failure) -> UnsafeMutableRawPointer {
     if let failure = wire.failure { throw failure }
-    let present: Int
-    switch scratch {
-    case .some(let region): present = region.bytes
-    case .none: present = 0
+    if capacity < bytes {
+      do throws(Failure) {
+        scratch = try Region(bytes: bytes, for: "messages to other ranks")
+      } catch {
+        // The others are waiting for messages that will not come.
+        wire.end(error)
+        throw error
+      }
     }
-    if present < bytes { scratch = try Region(bytes: bytes, for: "messages to other ranks") }
     switch scratch {
     case .some(let region): return region.base
     case .none: preconditionFailure("there is a region by now")

@@ -54,7 +54,10 @@ package final class Group {
     var topology: Topology?
     var own = before
     if own == nil {
-      own = FasterMoE.failure { () throws(Failure) in topology = try Topology(description: options.topology) }
+      own = FasterMoE.failure { () throws(Failure) in
+        topology = try Topology(description: options.topology)
+        try peers.reserve(bytes: max(MemoryLayout<Place>.stride, MemoryLayout<ComputeRates>.stride), values: 0)
+      }
     }
     let scratch = UnsafeMutablePointer<Notice>.allocate(capacity: peers.size)
     defer { scratch.deallocate() }
@@ -62,13 +65,13 @@ package final class Group {
     var here = Place(topology!)
     let everywhere = UnsafeMutablePointer<Place>.allocate(capacity: peers.size)
     defer { everywhere.deallocate() }
-    try peers.gather(&here, bytes: MemoryLayout<Place>.stride, into: everywhere)
+    try peers.gather(&here, bytes: MemoryLayout<Place>.stride, into: everywhere, from: .call)
     let places = Places(Array(UnsafeBufferPointer(start: everywhere, count: peers.size)))
     peers.chain = places.leaves
     peers.wire.name = places.name
     var made: Group?
     own = FasterMoE.failure { () throws(Failure) in made = try Group(peers, options, topology!, places) }
-    try Notice.agree(.createGroup, own, with: peers, into: scratch)
+    try Notice.agree(.createGroup, own, from: .call, with: peers, into: scratch)
     return made!
   }
 
@@ -120,20 +123,21 @@ package final class Group {
   @discardableResult
   package func agree(
     _ call: Notice.Call, _ own: Failure?, same: Notice.Same = .init(repeating: 0),
-    words: Notice.Words = .init()
+    words: Notice.Words = .init(), from entrance: Entrance = .host
   ) throws(Failure) -> UnsafeMutablePointer<Notice> {
-    try Notice.agree(call, own, same: same, words: words, with: peers, into: notices)
+    try Notice.agree(call, own, same: same, words: words, from: entrance, with: peers, into: notices)
     return notices
   }
 
   /// Whether a transport that failed may still touch memory that this group gave it.
   package var isEntangled: Bool { (peers as? WirePeers)?.wire.isEntangled ?? false }
 
-  /// Memory for the running call, at least `bytes`; its contents do not outlive the call.
-  package func workspace(bytes: Int) throws(Failure) -> UnsafeMutableRawPointer {
+  /// Memory for the running call, at least `bytes`, and `room` more where it must grow; its contents do not outlive the
+  /// call.
+  package func workspace(bytes: Int, room: Int = 0) throws(Failure) -> UnsafeMutableRawPointer {
     if let base = workspaceBase(bytes) { return base }
     workspace = nil
-    workspace = try Region(bytes: bytes, for: "the workspace of a layer")
+    workspace = try Region(bytes: bytes + room, for: "the workspace of a layer")
     return workspaceBase(bytes)!
   }
 
@@ -142,8 +146,9 @@ package final class Group {
   package func rates(in call: Notice.Call) throws(Failure) -> UnsafePointer<ComputeRates> {
     if !haveMeasuredRates {
       var mine = ComputeRates(.init(repeating: FlopRate(0)))
-      try agree(call, FasterMoE.failure { () throws(Failure) in mine = try ComputeRates.measured(by: team) })
-      try peers.gather(&mine, bytes: MemoryLayout<ComputeRates>.stride, into: measuredRates)
+      try agree(
+        call, FasterMoE.failure { () throws(Failure) in mine = try ComputeRates.measured(by: team) }, from: .call)
+      try peers.gather(&mine, bytes: MemoryLayout<ComputeRates>.stride, into: measuredRates, from: .call)
       haveMeasuredRates = true
     }
     return UnsafePointer(measuredRates)

@@ -34,11 +34,11 @@ package struct Notice: BitwiseCopyable {
   /// Fails unless all ranks are in `call`, can go on, and say the same where they must.
   package static func agree(
     _ call: Call, _ own: Failure?, same: Same = .init(repeating: 0), words: Words = Words(),
-    with peers: any Peers, into all: UnsafeMutablePointer<Notice>
+    from entrance: Entrance = .host, with peers: any Peers, into all: UnsafeMutablePointer<Notice>
   ) throws(Failure) {
     var notice = Notice(call: call.rawValue, hasFailed: own == nil ? 0 : 1, same: same, words: words)
     do throws(Failure) {
-      try peers.gather(&notice, bytes: MemoryLayout<Notice>.stride, into: all)
+      try peers.gather(&notice, bytes: MemoryLayout<Notice>.stride, into: all, from: entrance)
     } catch {
       throw own ?? error
     }

@@ -9,11 +9,28 @@ package protocol Peers: AnyObject {
   /// Whether each rank can read and write what another one points to.
   var shareMemory: Bool { get }
   /// Puts every rank's `bytes` bytes into `all` [size, bytes], in the order of ranks.
-  func gather(_ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer) throws(Failure)
+  func gather(_ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer, from: Entrance) throws(Failure)
+  /// Has memory for gathering so many bytes from each rank and for summing so many values. What has been reserved cannot
+  /// fail on one rank alone later, when the others have been told that all can go on.
+  func reserve(bytes: Int, values: Int) throws(Failure)
   /// Replaces `values` by their sum over all ranks, added up in the order of ranks: the same bits everywhere.
   func sum(_ values: UnsafeMutablePointer<Float>, count: Int) throws(Failure)
   /// Returns when all ranks have come, each of which is in the same call already.
   func meet() throws(Failure)
+}
+
+/// Where ranks come from when they meet.
+package enum Entrance {
+  /// Each from its host's code, which may be silent: the time-out counts.
+  case host
+  /// Each from inside a call in which all have met: whoever is late is computing, and does come.
+  case call
+}
+
+extension Peers {
+  package func gather(_ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer) throws(Failure) {
+    try gather(own, bytes: bytes, into: all, from: .host)
+  }
 }
 
 /// Adds `others` to `values`.
@@ -45,13 +62,20 @@ package final class SharedPeers: Peers {
   /// A rank that goes is a lost peer to those who still wait for it.
   deinit { board.leave(rank) }
 
-  package func gather(_ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer) throws(Failure) {
+  package func reserve(bytes: Int, values: Int) {}
+
+  package func gather(
+    _ own: UnsafeRawPointer, bytes: Int, into all: UnsafeMutableRawPointer, from entrance: Entrance
+  ) throws(Failure) {
     guard size > 1 else {
       memmove(all, own, bytes)
       return
     }
     board.published[rank] = own
-    try board.meet(rank)
+    switch entrance {
+    case .host: try board.meet(rank)
+    case .call: try board.part(rank)
+    }
     for peer in 0..<size {
       let from = board.published[peer]!
       if from != UnsafeRawPointer(all + peer * bytes) { memcpy(all + peer * bytes, from, bytes) }

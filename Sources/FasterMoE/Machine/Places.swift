@@ -35,8 +35,13 @@ package struct Place: BitwiseCopyable {
 
   var hostName: String { withUnsafeBytes(of: host) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) } }
 
-  func isOnHost(of other: Place) -> Bool { Place.equal(host, other.host) }
-  func isOnSystem(of other: Place) -> Bool { Place.equal(system, other.system) }
+  /// One name on one system: containers are hosts of their own, and so are machines that have the same name.
+  func isOnHost(of other: Place) -> Bool { Place.equal(host, other.host) && isOnSystem(of: other) }
+  /// By what the system says of itself, or by the host's name where it says nothing.
+  func isOnSystem(of other: Place) -> Bool {
+    knowsSystem && other.knowsSystem ? Place.equal(system, other.system) : Place.equal(host, other.host)
+  }
+  private var knowsSystem: Bool { system[0] != 0 }
   func mayUseSameCores(as other: Place) -> Bool { isOnSystem(of: other) && Place.equal(processors, other.processors) }
   func mayMeet(_ other: Place) -> Bool {
     isOnSystem(of: other) && processors.indices.contains { processors[$0] & other.processors[$0] != 0 }

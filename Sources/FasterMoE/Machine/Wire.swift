@@ -188,12 +188,18 @@ package final class Wire {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.mostUnderWay
+      // Counted before: a transport that fails to start may have taken the bytes all the same.
+      stream.pointee.underWay += 1
       ring(stream)[place] = try transport.start(
         stream.pointee.base + stream.pointee.started, size, peer: stream.pointee.peer,
         receiving: stream.pointee.receiving)
       stream.pointee.started += size
-      stream.pointee.underWay += 1
     }
+  }
+
+  /// This rank cannot go on with what the others have begun.
+  package func end(_ failure: Failure) {
+    self.failure = Failure(.peer, "the group has ended on this rank: \(failure.message)")
   }
 
   private func ring(_ stream: UnsafeMutablePointer<Stream>) -> UnsafeMutablePointer<UnsafeMutableRawPointer?> {
