@@ -79,7 +79,10 @@ public func fmoe_group_create_local(
 
 @_cdecl("fmoe_group_calibrate") @implementation
 public func fmoe_group_calibrate(_ group: OpaquePointer!, _ seconds: Double) -> fmoe_status {
-  unsupported("fmoe_group_calibrate")
+  answer { () throws(Failure) in
+    let group: Group = try object(group, "group")
+    try group.exclusively { () throws(Failure) in try group.calibrate(for: Seconds(seconds)) }
+  }
 }
 
 @_cdecl("fmoe_group_destroy") @implementation
@@ -273,7 +276,12 @@ public func fmoe_pass_destroy(_ pass: OpaquePointer!) {
 @_cdecl("fmoe_cluster_of_group") @implementation
 public func fmoe_cluster_of_group(_ group: OpaquePointer!, _ out: UnsafeMutablePointer<OpaquePointer?>!) -> fmoe_status
 {
-  unsupported("fmoe_cluster_of_group")
+  answer { () throws(Failure) in
+    let group: Group = try object(group, "group")
+    let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
+    let cluster = try group.exclusively { () throws(Failure) in try group.cluster(refused: refused) }
+    out.pointee = handle(ClusterBox(cluster))
+  }
 }
 
 @_cdecl("fmoe_cluster_read") @implementation

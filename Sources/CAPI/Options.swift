@@ -8,11 +8,10 @@ func groupOptions(_ given: UnsafePointer<fmoe_group_options>?) throws(Failure) -
   guard c.threads >= 0 else { throw Failure(.argument, "threads must not be negative, not \(c.threads)") }
   guard c.bind == 0 || c.bind == 1 else { throw Failure(.options, "bind is 0 or 1, not \(c.bind)") }
   guard c.reserved == 0 else { throw Failure(.options, "fmoe_group_options.reserved must be 0") }
-  guard c.profile == nil else { throw Failure(.unsupported, "a profile of measured rates is not in this version yet") }
   var options = Group.Options()
   options.threads = Int(c.threads)
   options.pins = c.bind == 0
-  options.topology = c.topology
+  (options.topology, options.profile) = (c.topology, c.profile)
   options.timeout = try groupTimeout(given)
   return options
 }
@@ -95,6 +94,8 @@ func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throw
 /// What a `fmoe_cluster` handle owns.
 final class ClusterBox {
   let cluster: Cluster
+
+  init(_ cluster: Cluster) { self.cluster = cluster }
 
   init(reading path: UnsafePointer<CChar>) throws(Failure) {
     let document = try Documents.read(Cluster.Document.self, from: path)

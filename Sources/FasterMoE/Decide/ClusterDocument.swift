@@ -43,7 +43,7 @@ extension Cluster {
       package var `in`: String
       package var up: Link?
       package var down: Link?
-      package var flops: [Sample]
+      package var flops: [RateCurve.Sample]
       enum CodingKeys: String, CodingKey {
         case name, `in`, up, down
         case flops = "flops_per_second"
@@ -56,30 +56,6 @@ extension Cluster {
       package var there: Link
       /// Missing: as `there`.
       package var back: Link?
-    }
-
-    /// `[rows, flops per second]`
-    package struct Sample: Codable, Equatable, Sendable {
-      package var rows: Int
-      package var rate: Double
-      package init(rows: Int, rate: Double) { (self.rows, self.rate) = (rows, rate) }
-
-      package init(from decoder: any Decoder) throws {
-        var pair = try decoder.unkeyedContainer()
-        let whole = Int(exactly: try pair.decode(Double.self))
-        rate = try pair.decode(Double.self)
-        guard let whole, pair.isAtEnd else {
-          throw DecodingError.dataCorruptedError(
-            in: pair, debugDescription: "must be a pair: [whole number of rows, flops per second]")
-        }
-        rows = whole
-      }
-
-      package func encode(to encoder: any Encoder) throws {
-        var pair = encoder.unkeyedContainer()
-        try pair.encode(rows)
-        try pair.encode(rate)
-      }
     }
   }
 
@@ -210,19 +186,20 @@ extension Cluster {
       return links
     }
 
-    static func curve(_ samples: [Document.Sample], _ worker: String) throws(Failure) -> RateCurve {
+    static func curve(_ samples: [RateCurve.Sample], _ worker: String) throws(Failure) -> RateCurve {
       guard !samples.isEmpty else { throw Failure(.file, "\(worker) has no flops_per_second") }
       for (index, sample) in samples.enumerated() {
         guard sample.rows >= 1, index == 0 || sample.rows > samples[index - 1].rows else {
           throw Failure(.file, "\(worker): rows of flops_per_second must be positive and rise, not \(sample.rows)")
         }
-        guard sample.rate > 0, sample.rate.isFinite else {
+        guard sample.rate.value > 0, sample.rate.value.isFinite else {
           throw Failure(
             .file,
-            "\(worker): flops_per_second at \(sample.rows) rows is \(sample.rate); it must be positive and finite")
+            "\(worker): flops_per_second at \(sample.rows) rows is \(sample.rate.value); it must be positive and finite"
+          )
         }
       }
-      return RateCurve(samples.map { RateCurve.Sample(rows: $0.rows, rate: FlopRate($0.rate)) })
+      return RateCurve(samples)
     }
 
     private static func cost(_ link: Document.Link?, _ what: String) throws(Failure) -> Cost {
@@ -235,5 +212,39 @@ extension Cluster {
       }
       return Cost(slowness: 1 / bandwidth, latency: latency)
     }
+  }
+}
+
+extension Cluster.Document {
+  /// A calibrated group: its hosts, their packages and NUMA nodes where these set ranks apart, and a worker for each rank.
+  ///
+  /// What was measured within hosts limits each worker's link, what was measured between them each host's. A message from
+  /// host to host takes both latencies, twice half of each.
+  package init(_ ranks: Places, _ calibration: Calibration) {
+    func link(_ measured: Calibration.Link?, latency: Double) -> Link? {
+      measured.map { Link(bandwidth: $0.rate.value, latency: latency) }
+    }
+    let within = calibration.withinHosts?.latency.value ?? 0
+    let between = max(0, (calibration.betweenHosts?.latency.value ?? 0) - within)
+    if ranks.hosts > 1 { places.append(Place(name: "network")) }
+    for (rank, place) in ranks.all.enumerated() {
+      let onHost = ranks.all.indices.filter { ranks.host[$0] == ranks.host[rank] }.map { ranks.all[$0] }
+      let onPackage = onHost.filter { $0.package == place.package }
+      var home = ranks.hosts > 1 ? "network" : nil
+      func enter(_ name: String, up: Link? = nil) {
+        if !places.contains(where: { $0.name == name }) { places.append(Place(name: name, in: home, up: up)) }
+        home = name
+      }
+      // Names of hosts may be cut or broken; their numbers are their own.
+      let host = "host \(ranks.host[rank]) (\(place.hostName))"
+      enter(host, up: link(calibration.betweenHosts, latency: between / 2))
+      if onHost.contains(where: { $0.package != place.package }) { enter("\(host) package \(place.package)") }
+      if onPackage.contains(where: { $0.numaNode != place.numaNode }) { enter("\(home!) node \(place.numaNode)") }
+      workers.append(
+        Worker(
+          name: "rank \(rank)", in: home!, up: link(calibration.withinHosts, latency: within / 2),
+          flops: calibration.rates[rank].samples))
+    }
+    slowdown = calibration.slowdown
   }
 }

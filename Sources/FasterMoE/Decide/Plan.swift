@@ -15,13 +15,21 @@ package struct PlanRequest {
     guard groupSize >= 0 else { throw Failure(.argument, "group_size must not be negative, not \(groupSize)") }
   }
 
-  /// Whether this version can play what it can predict.
-  package func checkPlayable(workers: Int) throws(Failure) {
+  /// Whether workers can play what is asked for; the paper's choice needs a `cluster` with their links.
+  package func checkPlayable(workers: Int, on cluster: Cluster?) throws(Failure) {
     try check()
-    guard workers > 1 else { return }
-    guard shadowing != .paper else {
+    guard workers == 1 || shadowing != .paper || cluster != nil else {
       throw Failure(
-        .unsupported, "the paper's choice of shadows needs measured links, which are not in this version yet")
+        .unsupported,
+        "the paper's choice of shadows needs links that were measured: a transport, and fmoe_group_calibrate before")
+    }
+  }
+
+  /// Whether anything is left to be chosen by prediction.
+  package var isOpen: Bool {
+    switch shadowing {
+    case .best, .paper: true
+    case .never, .given, .everyExpert: schedule == .best || (schedule == .pairwise && groupSize == 0)
     }
   }
 

@@ -41,6 +41,7 @@ package struct Bytes: Comparable, Sendable {
   package static func < (a: Bytes, b: Bytes) -> Bool { a.value < b.value }
   package static func * (bytes: Bytes, count: Double) -> Bytes { Bytes(bytes.value * count) }
   package static func / (a: Bytes, b: Bytes) -> Double { a.value / b.value }
+  package static func / (bytes: Bytes, time: Seconds) -> ByteRate { ByteRate(bytes.value / time.value) }
   package static func / (bytes: Bytes, rate: ByteRate) -> Seconds { Seconds(bytes.value / rate.value) }
 }
 

@@ -16,6 +16,7 @@ package final class Layer {
   private let zeroing: Zeroing
   /// Passes whose batch is done; their memory serves the next ones.
   private var idle: [Pass] = []
+  private var known: (calibration: Calibration, cluster: Cluster)?
 
   package struct Options {
     package let shape: Shape
@@ -76,6 +77,16 @@ package final class Layer {
     try group.peers.reserve(bytes: shape.experts * MemoryLayout<UInt32>.stride, values: shape.experts * shape.model)
     for tensor in values.drawn(shape, owned: owned, seed: options.seed) {
       group.team.run(Drawing(tensor, group.team))
+    }
+  }
+
+  /// The group as numbers, if it was calibrated and has links; made once for each calibration.
+  var cluster: Cluster? {
+    get throws(Failure) {
+      guard let calibration = group.calibration, !group.peers.shareMemory, group.size > 1 else { return nil }
+      if let known, known.calibration === calibration { return known.cluster }
+      known = (calibration, try Cluster(Cluster.Document(group.places, calibration)))
+      return known!.cluster
     }
   }
 

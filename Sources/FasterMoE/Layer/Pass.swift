@@ -181,19 +181,22 @@ package final class Pass: TeamWork {
   package func plan(wantsReport: Bool, _ request: () throws(Failure) -> PlanRequest) throws(Failure) -> PlanReport? {
     let peers = group.peers
     var asked: PlanRequest?
+    var cluster: Cluster?
     let own = failure { () throws(Failure) in
       guard stage == .gated else { throw wrongStage("plan") }
       asked = try request()
-      try asked!.checkPlayable(workers: peers.size)
-      guard !wantsReport || peers.shareMemory else {
+      cluster = try layer!.cluster
+      try asked!.checkPlayable(workers: peers.size, on: cluster)
+      guard !wantsReport || peers.shareMemory || cluster != nil else {
         throw Failure(
-          .unsupported, "predictions over a transport need measured links, which are not in this version yet")
+          .unsupported, "predictions over a transport need measured links: fmoe_group_calibrate comes first")
       }
     }
     let all = try group.agree(
       .plan, own, same: same(asked?.same ?? (0, 0, 0)), words: Notice.Words(number: wantsReport ? 1 : 0))
+    let isReported = (0..<peers.size).contains { all[$0].words.number != 0 }
     var report: PlanReport?
-    if (0..<peers.size).contains(where: { all[$0].words.number != 0 }) {
+    if isReported && cluster == nil {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
     }
     self.request = asked!
@@ -201,7 +204,19 @@ package final class Pass: TeamWork {
     case .everyExpert: shadows = peers.size > 1 ? Array(0..<shape.experts) : []
     default: shadows = peers.size > 1 ? asked!.shadows : []
     }
+    if let cluster, isReported || asked!.isOpen { report = try choose(on: cluster) }
     stage = .planned
+    return report
+  }
+
+  /// Fills what the request leaves open by what is predicted to be best. All ranks find the same.
+  private func choose(on cluster: Cluster) throws(Failure) -> PlanReport {
+    try Planner.check(workers: group.size, experts: shape.experts)
+    var planner = Planner(store.traffic, shape, on: cluster)
+    let (plan, report) = try planner.plan(request)
+    request.schedule = plan == plan.inSeries ? .coarse : .pairwise
+    request.groupSize = plan.groups.size
+    shadows = plan.shadows
     return report
   }
 
@@ -212,6 +227,7 @@ package final class Pass: TeamWork {
       guard count == 0 || output != nil else {
         throw Failure(.argument, "output is NULL, but there are \(count) tokens")
       }
+      if stage == .gated, let cluster = try layer!.cluster { _ = try choose(on: cluster) }
       try openInbox()
       workspace = try layer!.workspace()
     }

@@ -5,6 +5,9 @@ import Glibc
 ///
 /// A path is bytes, not text. Failures are `.file` and name the path, the place in the document and the reason.
 package enum Documents {
+  /// Whether there is anything at `path`, be it readable or not.
+  package static func isThere(_ path: UnsafePointer<CChar>) -> Bool { access(path, F_OK) == 0 || errno != ENOENT }
+
   /// The value that the file at `path` holds.
   package static func read<Value: Codable>(_ type: Value.Type, from path: UnsafePointer<CChar>) throws(Failure) -> Value
   {

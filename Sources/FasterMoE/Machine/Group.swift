@@ -11,6 +11,8 @@ package final class Group {
     package var timeout: Seconds?
     /// An hwloc XML file or synthetic string instead of this machine; read by init alone. A path is bytes, not text.
     package var topology: UnsafePointer<CChar>?
+    /// The file of a calibration, read by init if it is there.
+    package var profile: UnsafePointer<CChar>?
     package init() {}
   }
 
@@ -18,6 +20,13 @@ package final class Group {
   package let topology: Topology
   package let team: Team
   private var workspace: Region?
+  /// Where all ranks are, and how many threads each has [W].
+  package let places: Places
+  private var threads: [Int] = []
+  /// How fast the group is, once that was measured or read; equal on all ranks.
+  package private(set) var calibration: Calibration?
+  /// The file that rank 0 keeps it in; ends with a zero.
+  private let profile: [CChar]?
   /// [W] how fast each worker computes, once that was measured.
   private let measuredRates: UnsafeMutablePointer<ComputeRates>
   private var haveMeasuredRates = false
@@ -41,6 +50,14 @@ package final class Group {
     for seat in SharedPeers.seats(size, timeout: options.timeout) {
       groups.append(try Group(seat, options, topology, places))
     }
+    let threads = groups.map(\.team.threads)
+    let known = try options.profile.flatMap { path throws(Failure) in
+      try Profile.read(path, places, threads: threads, shareMemory: true)
+    }
+    for group in groups {
+      group.threads = threads
+      if let known { group.take(known) }
+    }
     return groups
   }
 
@@ -61,23 +78,38 @@ package final class Group {
     }
     let scratch = UnsafeMutablePointer<Notice>.allocate(capacity: peers.size)
     defer { scratch.deallocate() }
-    try Notice.agree(.createGroup, own, with: peers, into: scratch)
-    var here = Place(topology!)
-    let everywhere = UnsafeMutablePointer<Place>.allocate(capacity: peers.size)
-    defer { everywhere.deallocate() }
-    try peers.gather(&here, bytes: MemoryLayout<Place>.stride, into: everywhere, from: .call)
-    let places = Places(Array(UnsafeBufferPointer(start: everywhere, count: peers.size)))
+    try Notice.agree(
+      .createGroup, own, same: [options.profile == nil ? 0 : 1, 0, 0, 0, 0, 0, 0, 0], with: peers, into: scratch)
+    let places = Places(try peers.gathered(Place(topology!)))
     peers.chain = places.leaves
     peers.wire.name = places.name
     var made: Group?
     own = FasterMoE.failure { () throws(Failure) in made = try Group(peers, options, topology!, places) }
-    try Notice.agree(.createGroup, own, from: .call, with: peers, into: scratch)
+    try Notice.agree(
+      .createGroup, own, words: Notice.Words(number: made?.team.threads ?? 0), from: .call, with: peers, into: scratch)
+    made!.threads = (0..<peers.size).map { Int(scratch[$0].words.number) }
+    if let path = options.profile { try made!.readProfile(path, peers, scratch) }
     return made!
+  }
+
+  /// Rank 0 reads, and tells the others.
+  private func readProfile(_ path: UnsafePointer<CChar>, _ peers: WirePeers, _ scratch: UnsafeMutablePointer<Notice>)
+    throws(Failure)
+  {
+    var known: Calibration?
+    let own = FasterMoE.failure { () throws(Failure) in
+      if rank == 0 { known = try Profile.read(path, places, threads: threads, shareMemory: false) }
+    }
+    try Notice.agree(
+      .createGroup, own, words: Notice.Words(number: known == nil ? 0 : 1), from: .call, with: peers, into: scratch)
+    if scratch[0].words.number != 0 { take(try peers.share(known)) }
   }
 
   private init(_ peers: any Peers, _ options: Options, _ topology: Topology, _ places: Places) throws(Failure) {
     self.peers = peers
     self.topology = topology
+    self.places = places
+    profile = options.profile.map { Array(UnsafeBufferPointer(start: $0, count: strlen($0) + 1)) }
     leaves = places.leaves
     ranks = Array(0..<peers.size)
     let sharing = places.sharing(of: peers.rank)
@@ -146,12 +178,38 @@ package final class Group {
   package func rates(in call: Notice.Call) throws(Failure) -> UnsafePointer<ComputeRates> {
     if !haveMeasuredRates {
       var mine = ComputeRates(.init(repeating: FlopRate(0)))
-      try agree(
-        call, FasterMoE.failure { () throws(Failure) in mine = try ComputeRates.measured(by: team) }, from: .call)
+      let own = FasterMoE.failure { () throws(Failure) in mine = ComputeRates.measured(by: try RateProbe(team)) }
+      try agree(call, own, from: .call)
       try peers.gather(&mine, bytes: MemoryLayout<ComputeRates>.stride, into: measuredRates, from: .call)
       haveMeasuredRates = true
     }
     return UnsafePointer(measuredRates)
+  }
+
+  /// Measures how fast the group is, for about `budget`, and has rank 0 write that to the profile. All ranks call it together.
+  package func calibrate(for budget: Seconds) throws(Failure) {
+    var calibrator: Calibrator?
+    var own = FasterMoE.failure { () throws(Failure) in
+      guard budget.value > 0, budget.value.isFinite else {
+        throw Failure(.argument, "seconds must be a positive finite number, not \(budget.value)")
+      }
+      calibrator = try Calibrator(self)
+    }
+    try agree(.calibrate, own, same: [budget.value.bitPattern, 0, 0, 0, 0, 0, 0, 0])
+    let measured = try calibrator!.measure(for: budget)
+    own = FasterMoE.failure { () throws(Failure) in
+      if rank == 0, let profile {
+        try Documents.write(Profile(measured, places, threads: threads), to: profile)
+      }
+    }
+    try agree(.calibrate, own, from: .call)
+    take(measured)
+  }
+
+  private func take(_ calibration: Calibration) {
+    self.calibration = calibration
+    measuredRates.update(from: calibration.rates, count: size)
+    haveMeasuredRates = true
   }
 
   private func workspaceBase(_ bytes: Int) -> UnsafeMutableRawPointer? {

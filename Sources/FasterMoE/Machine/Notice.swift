@@ -2,7 +2,7 @@
 /// different calls still understand each other.
 package struct Notice: BitwiseCopyable {
   package enum Call: UInt32 {
-    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce
+    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce, calibrate, clusterOfGroup
 
     var name: String {
       switch self {
@@ -14,6 +14,8 @@ package struct Notice: BitwiseCopyable {
       case .forward: "fmoe_forward"
       case .backward: "fmoe_backward"
       case .reduce: "fmoe_layer_reduce_gradients"
+      case .calibrate: "fmoe_group_calibrate"
+      case .clusterOfGroup: "fmoe_cluster_of_group"
       }
     }
   }

@@ -10,6 +10,10 @@ package struct Place: BitwiseCopyable {
   var package: Int32 = 0
   var numaNode: Int32 = 0
   var cores: Int32 = 0
+  /// The processor's model, ended by zeros.
+  var processor = InlineArray<64, UInt8>(repeating: 0)
+  /// Floats of the vectors that this build of the library computes with.
+  var vectorWidth: Int32 = 8
   /// A bit for each core that the rank may use, at its first processor's number.
   var processors = InlineArray<64, UInt64>(repeating: 0)
 
@@ -19,6 +23,12 @@ package struct Place: BitwiseCopyable {
       withUnsafeMutableBytes(of: &system) { _ = fread($0.baseAddress!, 1, 36, file) }
       fclose(file)
     }
+    withUnsafeMutableBytes(of: &processor) {
+      $0.dropLast().copyBytes(from: topology.processor.utf8.prefix($0.count - 1))
+    }
+    #if WIDE_VECTORS
+      vectorWidth = 16
+    #endif
     cores = Int32(clamping: topology.cores.count)
     guard let first = topology.cores.first else { return }
     (package, numaNode) = (Int32(clamping: first.package), Int32(clamping: first.numaNode))
@@ -33,7 +43,19 @@ package struct Place: BitwiseCopyable {
     }
   }
 
-  var hostName: String { withUnsafeBytes(of: host) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) } }
+  var hostName: String { Place.text(host) }
+  var processorName: String { Place.text(processor) }
+  var instructionSet: String {
+    #if arch(x86_64)
+      vectorWidth > 8 ? "x86-64-v4" : "x86-64-v3"
+    #else
+      "arm64"
+    #endif
+  }
+
+  private static func text<T: BitwiseCopyable>(_ bytes: T) -> String {
+    withUnsafeBytes(of: bytes) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) }
+  }
 
   /// One name on one system: containers are hosts of their own, and so are machines that have the same name.
   func isOnHost(of other: Place) -> Bool { Place.equal(host, other.host) && isOnSystem(of: other) }
@@ -69,11 +91,26 @@ package struct Places {
     self.host = host
   }
 
-  /// Ranks in the order of the tree's leaves: neighbours are near each other.
+  package var hosts: Int { host.max()! + 1 }
+  /// Whether any host has two ranks.
+  package var haveNeighbours: Bool { hosts < all.count }
+
+  /// Pairs of ranks for which messages of one leave the host that sends most, if all send to all on other hosts.
+  package var busiestWayOut: Int {
+    (0..<hosts).map { host in self.host.count { $0 == host } }.reduce(0) { max($0, $1 * (all.count - $1)) }
+  }
+
+  /// Ranks in the order of the tree's leaves: neighbours are near each other, and places stand in the order of their
+  /// lowest ranks.
   package var leaves: [Int] {
-    func key(_ rank: Int) -> (Int, Int32, Int32, Int) {
-      (host[rank], all[rank].package, all[rank].numaNode, rank)
+    func lowest(_ isNear: (Int, Int) -> Bool) -> [Int] {
+      all.indices.map { rank in all.indices.first { isNear($0, rank) }! }
     }
+    let host = self.host
+    func isOnPackage(_ a: Int, _ b: Int) -> Bool { host[a] == host[b] && all[a].package == all[b].package }
+    let packages = lowest(isOnPackage)
+    let nodes = lowest { isOnPackage($0, $1) && all[$0].numaNode == all[$1].numaNode }
+    func key(_ rank: Int) -> (Int, Int, Int, Int) { (host[rank], packages[rank], nodes[rank], rank) }
     return all.indices.sorted { key($0) < key($1) }
   }
 

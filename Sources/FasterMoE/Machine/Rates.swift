@@ -1,4 +1,5 @@
 import Glibc
+import Synchronization
 
 /// How fast one worker multiplies, by the rows that one weight matrix is used for.
 ///
@@ -18,12 +19,36 @@ package struct ComputeRates: Sendable, BitwiseCopyable {
   }
 }
 
+extension ComputeRates {
+  package var samples: [RateCurve.Sample] {
+    rates.indices.map { RateCurve.Sample(rows: ComputeRates.sampledRows[$0], rate: rates[$0]) }
+  }
+}
+
 /// How fast one worker multiplies, by the rows of one expert's call: any samples, with rising rows.
 package struct RateCurve: Equatable, Sendable {
-  package struct Sample: Equatable, Sendable {
+  /// In files a pair: `[rows, flops per second]`.
+  package struct Sample: Codable, Equatable, Sendable {
     package let rows: Int
     package let rate: FlopRate
     package init(rows: Int, rate: FlopRate) { (self.rows, self.rate) = (rows, rate) }
+
+    package init(from decoder: any Decoder) throws {
+      var pair = try decoder.unkeyedContainer()
+      let whole = Int(exactly: try pair.decode(Double.self))
+      rate = FlopRate(try pair.decode(Double.self))
+      guard let whole, pair.isAtEnd else {
+        throw DecodingError.dataCorruptedError(
+          in: pair, debugDescription: "must be a pair: [whole number of rows, flops per second]")
+      }
+      rows = whole
+    }
+
+    package func encode(to encoder: any Encoder) throws {
+      var pair = encoder.unkeyedContainer()
+      try pair.encode(rows)
+      try pair.encode(rate.value)
+    }
   }
   package let samples: [Sample]
   private let logs: [Double]
@@ -57,31 +82,32 @@ private func interpolate(
 }
 
 extension ComputeRates {
-  /// Times products on all threads of `team` together, for some 20 milliseconds.
-  package static func measured(by team: Team) throws(Failure) -> ComputeRates {
-    let probe = try RateProbe(team)
+  /// Times products on all threads of the probe's team together, for about `budget`, but some 20 milliseconds at least.
+  static func measured(by probe: RateProbe, for budget: Seconds = Seconds(0)) -> ComputeRates {
     var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
     for sample in rates.indices {
-      probe.rows = sampledRows[sample]
-      var best = FlopRate(0)
-      for _ in 0..<3 {
-        let start = Seconds.now
-        team.run(probe)
-        best = max(best, probe.work / Seconds(Seconds.now.value - start.value))
-      }
-      rates[sample] = best
+      let end = Seconds.now + budget * (1 / Double(rates.count))
+      var laps: [FlopRate] = []
+      while laps.count < 3 || Seconds.now < end { laps.append(probe.rate(rows: sampledRows[sample])) }
+      rates[sample] = middle(laps)
     }
     return ComputeRates(rates)
   }
 }
 
+/// The value in the middle, which no single disturbance moves far; of at least one.
+func middle<T: Comparable>(_ values: [T]) -> T { values.sorted()[values.count / 2] }
+
 /// Multiplies rows by weight matrices that are too many for the caches, as a step of training finds them.
-private final class RateProbe: TeamWork {
+final class RateProbe: TeamWork {
   private static let size = 512
   private static let matrices = 16
   private let team: Team
   private let memory: Region
-  var rows = 1
+  private var rows = 1
+  private var tasks = 0
+  private let isOver = Atomic<Bool>(false)
+  private let tasksDone = Atomic<Int>(0)
 
   init(_ team: Team) throws(Failure) {
     self.team = team
@@ -92,9 +118,36 @@ private final class RateProbe: TeamWork {
       for: "measuring the speed of products")
   }
 
-  /// Of one `run`: enough tasks to outlast its start.
-  var work: Flops { Flops(Double(tasks) * 2 * Double(rows) * Double(RateProbe.size * RateProbe.size)) }
-  private var tasks: Int { team.threads * max(1, 96 / rows) }
+  /// The rate at `rows`, for a moment that is long enough to outlast its start.
+  func rate(rows: Int) -> FlopRate {
+    begin(rows, tasks: team.threads * max(1, 96 / rows))
+    return end(since: .now)
+  }
+
+  /// The rate at `rows` while the calling thread does something else.
+  func rate(rows: Int, during body: () throws(Failure) -> Void) throws(Failure) -> FlopRate {
+    begin(rows, tasks: .max)
+    let start = Seconds.now
+    let failed = failure(of: body)
+    isOver.store(true, ordering: .relaxed)
+    let rate = end(since: start)
+    if let failed { throw failed }
+    return rate
+  }
+
+  private func begin(_ rows: Int, tasks: Int) {
+    (self.rows, self.tasks) = (rows, tasks)
+    isOver.store(false, ordering: .relaxed)
+    tasksDone.store(0, ordering: .relaxed)
+    team.begin(self)
+  }
+
+  private func end(since start: Seconds) -> FlopRate {
+    team.finish()
+    let flops = 2 * Double(rows) * Double(RateProbe.size * RateProbe.size)
+    return Flops(Double(tasksDone.load(ordering: .relaxed)) * flops) / Seconds(Seconds.now.value - start.value)
+  }
+
   private static var deskFloats: Int { ComputeRates.sampledRows[5] * size + size * Strip.width + Tiles.floats }
 
   override func work(thread: Int) {
@@ -104,7 +157,7 @@ private final class RateProbe: TeamWork {
     let panels = Panels(desk, width: size)
     let strip = desk + ComputeRates.sampledRows[5] * size
     let tile = strip + size * Strip.width
-    while case let task = team.take(), task < tasks {
+    while !isOver.load(ordering: .relaxed), case let task = team.take(), task < tasks {
       let matrix = weights + task % RateProbe.matrices * size * size
       for column in stride(from: 0, to: size, by: Strip.width) {
         Strip.rows(of: matrix, depth: size, from: column, limit: size, into: strip)
@@ -112,6 +165,7 @@ private final class RateProbe: TeamWork {
           Tiles.product(panel: panels.panel(first), high: high, strip: strip, depth: size, into: tile)
         }
       }
+      tasksDone.add(1, ordering: .relaxed)
     }
   }
 }

@@ -13,6 +13,8 @@ package final class Topology {
   private let handle: hwloc_topology_t
   /// Whether this describes the machine we run on, so that threads can be pinned by it.
   package let isThisMachine: Bool
+  /// The model of the first package, if anybody knows it.
+  package let processor: String
   /// The usable cores, neighbours in cache and memory next to each other.
   package let cores: [Core]
 
@@ -30,6 +32,8 @@ package final class Topology {
     isThisMachine = hwloc_topology_is_thissystem(made) != 0
     if isThisMachine { Topology.restrictToCaller(made) }
     cores = Topology.places(in: made)
+    let package = hwloc_get_obj_by_type(made, HWLOC_OBJ_PACKAGE, 0)
+    processor = package.flatMap { hwloc_obj_get_info_by_name($0, "CPUModel") }.map { String(cString: $0) } ?? ""
   }
 
   deinit { hwloc_topology_destroy(handle) }

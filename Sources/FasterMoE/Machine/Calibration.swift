@@ -1,0 +1,193 @@
+import Glibc
+
+/// How fast a group was found to be: the same values on all of its ranks.
+package final class Calibration: Sendable {
+  /// What messages take when all pairs of a level send and receive at once.
+  package struct Link: Equatable, Sendable {
+    /// Of one message on its way.
+    package let latency: Seconds
+    package let rate: ByteRate
+    package init(latency: Seconds, rate: ByteRate) { (self.latency, self.rate) = (latency, rate) }
+  }
+
+  /// [W] by rank.
+  package let rates: [ComputeRates]
+  /// Out of a rank to the others of its host; nil if no two share a host, or if ranks share memory.
+  package let withinHosts: Link?
+  /// Out of a host to the others; nil if there is one.
+  package let betweenHosts: Link?
+  /// How many times longer computing takes while messages move, 1 or more.
+  package let slowdown: Double
+
+  package init(rates: [ComputeRates], withinHosts: Link?, betweenHosts: Link?, slowdown: Double) {
+    (self.rates, self.withinHosts, self.betweenHosts, self.slowdown) = (rates, withinHosts, betweenHosts, slowdown)
+  }
+}
+
+/// Measures a group, all ranks together and in the same order of messages.
+///
+/// Nobody decides alone how long: what a rank measures is the same for all once they have gathered it, and rank 0's clock
+/// says when enough is enough.
+final class Calibrator {
+  private let peers: any Peers
+  private let places: Places
+  private let probe: RateProbe
+  private var memory: Region?
+  /// Messages out, then messages in.
+  private let messages: UnsafeMutableRawPointer
+
+  /// Takes all the memory that measuring needs.
+  init(_ group: Group) throws(Failure) {
+    (peers, places) = (group.peers, group.places)
+    probe = try RateProbe(group.team)
+    let bytes = peers.shareMemory ? 0 : 2 * max(Calibrator.mostPieces, peers.size) * Wire.piece
+    let region = try Region(bytes: bytes, for: "measuring the speed of messages")
+    messages = region.base
+    memory = consume region
+  }
+
+  deinit {
+    // What a failed transport may still write to is never given back.
+    if let peers = peers as? WirePeers, peers.wire.isEntangled { memory.take()?.abandon() }
+  }
+
+  func measure(for budget: Seconds) throws(Failure) -> Calibration {
+    guard let wire = peers as? WirePeers, peers.size > 1 else {
+      return try calibration(budget, withinHosts: nil, betweenHosts: nil, slowdown: 1)
+    }
+    let levels = [Level(of: places, by: ==), Level(of: places, by: !=)]
+    let each = budget * (0.4 / Double(levels.count { $0.isUsed }))
+    let within = levels[0].isUsed ? try link(wire, levels[0], sharing: levels[0].mostPeers, each) : nil
+    let between = levels[1].isUsed ? try link(wire, levels[1], sharing: places.busiestWayOut, each) : nil
+    return try calibration(
+      budget * 0.4, withinHosts: within, betweenHosts: between, slowdown: try slowdown(wire, budget * 0.2))
+  }
+
+  private func calibration(
+    _ budget: Seconds, withinHosts: Calibration.Link?, betweenHosts: Calibration.Link?, slowdown: Double
+  ) throws(Failure) -> Calibration {
+    // All at once, since each is slower while the others work.
+    let rates = try peers.gathered(ComputeRates.measured(by: probe, for: budget))
+    return Calibration(rates: rates, withinHosts: withinHosts, betweenHosts: betweenHosts, slowdown: slowdown)
+  }
+
+  /// Pairs of ranks that exchange messages.
+  private struct Level {
+    /// [W] the peers of each rank.
+    let peersOf: [[Int]]
+    var mostPeers: Int { peersOf.reduce(0) { max($0, $1.count) } }
+    var isUsed: Bool { mostPeers > 0 }
+    /// Pieces of one exchange to each peer, at most.
+    var mostPieces: Int { max(1, Calibrator.mostPieces / max(1, mostPeers)) }
+
+    init(of places: Places, by areJoined: (_ host: Int, _ other: Int) -> Bool) {
+      let ranks = places.host.indices
+      // The next ranks first, so that no two begin with the same one.
+      peersOf = ranks.map { rank in
+        ranks.dropFirst().map { (rank + $0) % ranks.count }.filter { areJoined(places.host[rank], places.host[$0]) }
+      }
+    }
+  }
+  /// Four megabytes, as many as rows of a layer often are.
+  private static let mostPieces = 64
+
+  /// A message to and from each peer of a level.
+  private func exchange(_ wire: WirePeers, _ level: Level, bytes: Int) throws(Failure) {
+    let peers = level.peersOf[wire.rank]
+    for (index, peer) in peers.enumerated() {
+      wire.wire.receive(messages + (peers.count + index) * bytes, bytes, from: peer)
+      wire.wire.send(messages + index * bytes, bytes, to: peer)
+    }
+    try wire.wire.run()
+  }
+
+  /// `sharing` says how many messages of an exchange share the busiest link.
+  private func link(_ wire: WirePeers, _ level: Level, sharing messages: Int, _ budget: Seconds) throws(Failure)
+    -> Calibration.Link
+  {
+    let volley = 16
+    let latency =
+      try middleLap(budget * 0.15) { () throws(Failure) in
+        for _ in 0..<volley { try exchange(wire, level, bytes: 8) }
+      } * (1 / Double(volley))
+    let pieces = try piecesThatFit(wire, level, budget * 0.1)
+    let lap = try middleLap(budget * 0.75) { () throws(Failure) in
+      try exchange(wire, level, bytes: pieces * Wire.piece)
+    }
+    let moving = max(lap.value - latency.value, lap.value / 2)
+    return Calibration.Link(latency: latency, rate: Bytes(Double(messages * pieces * Wire.piece)) / Seconds(moving))
+  }
+
+  /// How large an exchange may be that is to take `budget` at most; the same on all ranks.
+  private func piecesThatFit(_ wire: WirePeers, _ level: Level, _ budget: Seconds) throws(Failure) -> Int {
+    var pieces = 1
+    while pieces < level.mostPieces {
+      let lap = try middleLap(Seconds(0)) { () throws(Failure) in
+        try exchange(wire, level, bytes: pieces * Wire.piece)
+      }
+      guard lap.value * 4 < budget.value else { break }
+      pieces = min(2 * pieces, level.mostPieces)
+    }
+    return pieces
+  }
+
+  /// The rate of products with nothing else to do over that while all pairs exchange messages.
+  private func slowdown(_ wire: WirePeers, _ budget: Seconds) throws(Failure) -> Double {
+    let level = Level(of: places) { _, _ in true }
+    let pieces = try piecesThatFit(wire, level, budget * 0.1)
+    let once = try middleLap(Seconds(0)) { () throws(Failure) in
+      try exchange(wire, level, bytes: pieces * Wire.piece)
+    }
+    // So long that it is many products.
+    let times = Int(min(64, max(1, 0.02 / once.value)))
+    var (alone, along): ([FlopRate], [FlopRate]) = ([], [])
+    _ = try middleLap(budget * 0.8) { () throws(Failure) in
+      let start = Seconds.now
+      along.append(
+        try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in
+          for _ in 0..<times { try exchange(wire, level, bytes: pieces * Wire.piece) }
+        })
+      let end = Seconds.now + Seconds(Seconds.now.value - start.value)
+      alone.append(try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in Calibrator.sleep(until: end) })
+    }
+    let all = try peers.gathered((middle(alone).value, middle(along).value))
+    let (idle, busy) = all.reduce((0, 0)) { ($0.0 + $1.0, $0.1 + $1.1) }
+    return busy > 0 ? max(1, idle / busy) : 1
+  }
+  private static let usualRows = 48
+
+  private static func sleep(until end: Seconds) {
+    var time = timespec(tv_sec: Int(end.value), tv_nsec: Int((end.value - end.value.rounded(.down)) * 1e9))
+    while clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &time, nil) == EINTR {}
+  }
+
+  /// Repeats `body` on all ranks for about `budget`, once at least: the middle one of all times, each that of the slowest
+  /// rank. The same on all ranks.
+  private func middleLap(_ budget: Seconds, _ body: () throws(Failure) -> Void) throws(Failure) -> Seconds {
+    let end = Seconds.now + budget
+    var laps: [Seconds] = []
+    while true {
+      let start = Seconds.now
+      try body()
+      let now = Seconds.now
+      let all = try peers.gathered((lap: now.value - start.value, left: end.value - now.value))
+      laps.append(Seconds(all.reduce(1e-9) { max($0, $1.lap) }))
+      guard all[0].left > 0 else { return middle(laps) }
+    }
+  }
+}
+
+extension Peers {
+  /// Every rank's value, in the order of ranks.
+  func gathered<Value: BitwiseCopyable>(_ own: Value) throws(Failure) -> [Value] {
+    var own = own
+    var all = [Value](repeating: own, count: size)
+    let failed = all.withUnsafeMutableBytes { all in
+      failure { () throws(Failure) in
+        try gather(&own, bytes: MemoryLayout<Value>.stride, into: all.baseAddress!)
+      }
+    }
+    if let failed { throw failed }
+    return all
+  }
+}

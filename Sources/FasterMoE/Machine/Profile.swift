@@ -1,0 +1,175 @@
+import Glibc
+
+/// The file form of a calibration, with what it was measured on, so that no other machine takes it for its own.
+package struct Profile: Codable, Equatable, Sendable {
+  /// 1, the version of this form.
+  private var version = 1
+  /// In the order of ranks.
+  private var workers: [Worker]
+  private var withinHosts: Link?
+  private var betweenHosts: Link?
+  private var slowdown: Double
+  enum CodingKeys: String, CodingKey {
+    case version = "fastermoe_profile"
+    case workers
+    case withinHosts = "within_hosts"
+    case betweenHosts = "between_hosts"
+    case slowdown = "computing_slowdown"
+  }
+
+  private struct Link: Codable, Equatable, Sendable {
+    var bandwidth: Double
+    var latency: Double
+    enum CodingKeys: String, CodingKey {
+      case bandwidth = "bytes_per_second"
+      case latency = "latency_seconds"
+    }
+
+    init(_ link: Calibration.Link) { (bandwidth, latency) = (link.rate.value, link.latency.value) }
+
+    func link(_ name: String) throws(Failure) -> Calibration.Link {
+      guard bandwidth > 0, bandwidth.isFinite, latency >= 0, latency.isFinite else {
+        throw Failure(
+          .file, "\(name) must have positive bytes_per_second and latency_seconds of 0 or more, both finite")
+      }
+      return Calibration.Link(latency: Seconds(latency), rate: ByteRate(bandwidth))
+    }
+  }
+
+  private struct Worker: Codable, Equatable, Sendable {
+    /// Numbered by first appearance: hosts may be called differently the next time.
+    var host: Int
+    var package: Int
+    var numaNode: Int
+    var cores: Int
+    var threads: Int
+    var processor: String
+    var instructions: String
+    var flops: [RateCurve.Sample] = []
+    enum CodingKeys: String, CodingKey {
+      case host, package, cores, threads, processor, instructions
+      case numaNode = "numa_node"
+      case flops = "flops_per_second"
+    }
+
+    init(_ places: Places, rank: Int, threads: Int) {
+      let place = places.all[rank]
+      (host, package, numaNode) = (places.host[rank], Int(place.package), Int(place.numaNode))
+      (cores, self.threads) = (Int(place.cores), threads)
+      (processor, instructions) = (place.processorName, place.instructionSet)
+    }
+
+    /// What is not the same, in words.
+    func difference(from other: Worker) -> String? {
+      for (what, own, other) in [
+        ("host", host, other.host), ("package", package, other.package), ("NUMA node", numaNode, other.numaNode),
+        ("number of cores", cores, other.cores), ("number of threads", threads, other.threads),
+      ] where own != other {
+        return "its \(what) was \(own) and is \(other)"
+      }
+      for (what, own, other) in [
+        ("processor", processor, other.processor), ("instruction set", instructions, other.instructions),
+      ] where own != other {
+        return "its \(what) was \"\(own)\" and is \"\(other)\""
+      }
+      return nil
+    }
+
+    func rates(_ rank: Int) throws(Failure) -> ComputeRates {
+      let rows = ComputeRates.sampledRows
+      guard flops.count == rows.count, rows.indices.allSatisfy({ flops[$0].rows == rows[$0] }) else {
+        throw Failure(.file, "worker \(rank) has flops_per_second at other rows than this version measures")
+      }
+      guard flops.allSatisfy({ $0.rate.value > 0 && $0.rate.value.isFinite }) else {
+        throw Failure(.file, "worker \(rank): flops_per_second must be positive and finite")
+      }
+      var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
+      for sample in rates.indices { rates[sample] = flops[sample].rate }
+      return ComputeRates(rates)
+    }
+  }
+
+  /// `threads` [W]
+  init(_ calibration: Calibration, _ places: Places, threads: [Int]) {
+    workers = Profile.workers(places, threads)
+    for (rank, rates) in calibration.rates.enumerated() { workers[rank].flops = rates.samples }
+    withinHosts = calibration.withinHosts.map { Link($0) }
+    betweenHosts = calibration.betweenHosts.map { Link($0) }
+    slowdown = calibration.slowdown
+  }
+
+  private static func workers(_ places: Places, _ threads: [Int]) -> [Worker] {
+    threads.indices.map { Worker(places, rank: $0, threads: threads[$0]) }
+  }
+
+  /// What the file at `path` says of these ranks; nil if there is no file. `shareMemory` says whether they have no links.
+  static func read(
+    _ path: UnsafePointer<CChar>, _ places: Places, threads: [Int], shareMemory: Bool
+  ) throws(Failure) -> Calibration? {
+    guard Documents.isThere(path) else { return nil }
+    let profile = try Documents.read(Profile.self, from: path)
+    do throws(Failure) {
+      return try profile.calibration(of: places, threads, shareMemory)
+    } catch {
+      throw Failure(error.kind, "\(String(cString: path)): \(error.message)")
+    }
+  }
+
+  private func calibration(of places: Places, _ threads: [Int], _ shareMemory: Bool) throws(Failure) -> Calibration {
+    guard version == 1 else { throw Failure(.file, "fastermoe_profile is \(version); this version reads 1") }
+    let here = Profile.workers(places, threads)
+    guard workers.count == here.count else {
+      throw Failure(.file, "was measured with \(workers.count) workers, and here are \(here.count)")
+    }
+    for (rank, (there, here)) in zip(workers, here).enumerated() {
+      guard let difference = there.difference(from: here) else { continue }
+      throw Failure(.file, "was measured on another machine: of worker \(rank), \(difference)")
+    }
+    let areLinked = (!shareMemory && places.haveNeighbours, !shareMemory && places.hosts > 1)
+    guard (withinHosts != nil, betweenHosts != nil) == areLinked else {
+      throw Failure(.file, "was measured where workers are joined in another way, by memory or by messages")
+    }
+    guard slowdown >= 1, slowdown.isFinite else {
+      throw Failure(.file, "computing_slowdown is \(slowdown); it must be 1 or more")
+    }
+    var rates: [ComputeRates] = []
+    for (rank, worker) in workers.enumerated() { rates.append(try worker.rates(rank)) }
+    return Calibration(
+      rates: rates, withinHosts: try withinHosts?.link("within_hosts"),
+      betweenHosts: try betweenHosts?.link("between_hosts"), slowdown: slowdown)
+  }
+}
+
+extension WirePeers {
+  /// Tells all ranks what rank 0 knows; the others pass nil.
+  func share(_ calibration: Calibration?) throws(Failure) -> Calibration {
+    let samples = ComputeRates.sampledRows.count
+    // Rates of each rank, then links, then the slowdown; what is not there is infinite.
+    var values = [Double](repeating: .infinity, count: size * samples + 5)
+    if let calibration {
+      values =
+        calibration.rates.flatMap { $0.samples.map(\.rate.value) }
+        + [calibration.withinHosts, calibration.betweenHosts].flatMap {
+          [$0?.rate.value ?? .infinity, $0?.latency.value ?? .infinity]
+        } + [calibration.slowdown]
+    }
+    let failed = values.withUnsafeMutableBytes { bytes in
+      failure { () throws(Failure) in
+        try broadcast(
+          bytes.baseAddress!.assumingMemoryBound(to: Float.self), count: bytes.count / MemoryLayout<Float>.stride,
+          from: 0)
+      }
+    }
+    if let failed { throw failed }
+    func link(_ at: Int) -> Calibration.Link? {
+      values[at].isFinite ? Calibration.Link(latency: Seconds(values[at + 1]), rate: ByteRate(values[at])) : nil
+    }
+    let links = size * samples
+    return Calibration(
+      rates: (0..<size).map { rank in
+        var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
+        for sample in rates.indices { rates[sample] = FlopRate(values[rank * samples + sample]) }
+        return ComputeRates(rates)
+      }, withinHosts: link(links), betweenHosts: link(links + 2), slowdown: values[links + 4])
+  }
+}
