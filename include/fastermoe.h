@@ -43,7 +43,7 @@ typedef enum fmoe_status {
   FMOE_OK = 0,
   FMOE_ERROR_ARGUMENT = 1,  /*  1-19 the call is wrong; nothing changed */
   FMOE_ERROR_OPTIONS = 2,   /*       struct_size too small, or a field this version does not know */
-  FMOE_ERROR_STAGE = 3,     /*       calls on a pass out of order */
+  FMOE_ERROR_STAGE = 3,     /*       calls out of order: on a pass, or for speeds that nobody has measured */
   FMOE_ERROR_FILE = 4,      /*       a file is missing, unreadable, or not what it should be */
   FMOE_ERROR_UNSUPPORTED = 5, /*     this version cannot do that yet; the text says what */
   FMOE_ERROR_MEMORY = 20,   /* 20-39 the machine said no; objects stay usable */
@@ -105,13 +105,17 @@ typedef struct fmoe_group_options {
                                              any rank computes in one call; default: forever */
   const char *topology;                   /* hwloc XML path or synthetic string; default: this machine.  What is described
                                              gives the number of threads; they are only pinned on this machine */
-  const char *profile;                    /* file of measured rates: read if there, written by fmoe_group_calibrate */
+  const char *profile;                    /* file of measured speeds: read if there, written by fmoe_group_calibrate; by
+                                             rank 0 for all, but all set it or none.  One of other workers, places or
+                                             processors is FMOE_ERROR_FILE, its text says what differs */
 } fmoe_group_options;
 fmoe_status fmoe_group_create(const fmoe_transport *transport /* its context: kept, if this succeeds */,
                               const fmoe_group_options *options /* NULL: defaults */, fmoe_group **out); /* collective */
 fmoe_status fmoe_group_create_local(int32_t size, const fmoe_group_options *options /* NULL: defaults */,
                                     fmoe_group **out /* [size] */); /* ranks as threads of this process; size 1: alone */
-fmoe_status fmoe_group_calibrate(fmoe_group *group, double seconds /* to spend, about */); /* collective */
+/* Measures how fast all ranks compute, what messages between them take and how much computing slows down meanwhile, equal
+ * results on all ranks.  From then on fmoe_plan and fmoe_cluster_of_group predict by that.  Collective. */
+fmoe_status fmoe_group_calibrate(fmoe_group *group, double seconds /* to spend, about; equal on all ranks */);
 void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below; what hangs from it may be destroyed later */
 
 /* ---- layer -------------------------------------------------------------------------------- */
@@ -181,7 +185,8 @@ typedef struct fmoe_plan_options {
 } fmoe_plan_options;
 typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch; the first report that a
                                              group is asked for measures its speed: some 20 ms with a core a thread.  Over a
-                                             transport this version gives no report: FMOE_ERROR_UNSUPPORTED */
+                                             transport there is none before fmoe_group_calibrate or a
+                                             profile: FMOE_ERROR_UNSUPPORTED */
   uint32_t struct_size;                   /* in: room; out: bytes written */
   int32_t shadows;                        /* experts shadowed */
   int32_t group_size, steps;
@@ -210,7 +215,8 @@ fmoe_status fmoe_pass_write_timeline(fmoe_pass *pass, const char *path); /* what
 void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the layer's next passes */
 
 /* ---- cluster: predict without running ------------------------------------------------------ */
-fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* discovered and calibrated; collective */
+fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* FMOE_ERROR_STAGE before fmoe_group_calibrate or
+                                                                             a profile; collective */
 fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room, up to
                                                                              4096 workers; docs/model.md has its keys */
 int32_t fmoe_cluster_size(fmoe_cluster *cluster);                         /* W; 0 of NULL */

@@ -13,7 +13,8 @@
 static fmoe_group_options group_options(const crew *c) {
   return (fmoe_group_options){.struct_size = sizeof(fmoe_group_options), .bind = 1,
                               .threads = c->options.threads ? c->options.threads : 1,
-                              .timeout_seconds = c->options.timeout};
+                              .timeout_seconds = c->options.timeout,
+                              .profile = c->options.profile};
 }
 
 crew *crew_without_groups(crew_options options) {

@@ -474,14 +474,14 @@ static void test_any_plan(void) {
         }
 }
 
-/* A report, where there is one yet; the plan can be made without it. */
+/* A report, for which links must have been measured; the plan can be made without it. */
 static void run_report(crew *c, int32_t rank, void *context) {
   scene *at = context;
   fmoe_plan_report report = {.struct_size = sizeof report};
   batch b = batch_of(at->all.s->part[rank], at->all.layer[rank]);
   begin(&b, at->all.layer[rank]);
   if (c->mail) {
-    EXPECT(FMOE_ERROR_UNSUPPORTED, fmoe_plan(b.pass, NULL, &report)); /* a line that goes when its feature comes */
+    EXPECT(FMOE_ERROR_UNSUPPORTED, fmoe_plan(b.pass, NULL, &report));
     EXPECT(FMOE_OK, fmoe_plan(b.pass, NULL, NULL));
   } else if (EXPECT(FMOE_OK, fmoe_plan(b.pass, NULL, &report))) {
     CHECK(report.shadows == 0 && report.seconds_planned > 0 && report.seconds_planned <= report.seconds_plain &&

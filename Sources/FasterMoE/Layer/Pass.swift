@@ -187,7 +187,7 @@ package final class Pass: TeamWork {
       asked = try request()
       cluster = try layer!.cluster
       try asked!.checkPlayable(workers: peers.size, on: cluster)
-      guard !wantsReport || peers.shareMemory || cluster != nil else {
+      guard !wantsReport || peers.shareMemory || peers.size == 1 || cluster != nil else {
         throw Failure(
           .unsupported, "predictions over a transport need measured links: fmoe_group_calibrate comes first")
       }

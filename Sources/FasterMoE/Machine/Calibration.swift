@@ -135,18 +135,19 @@ final class Calibrator {
   private func slowdown(_ wire: WirePeers, _ budget: Seconds) throws(Failure) -> Double {
     let level = Level(of: places) { _, _ in true }
     let pieces = try piecesThatFit(wire, level, budget * 0.1)
-    let once = try middleLap(Seconds(0)) { () throws(Failure) in
-      try exchange(wire, level, bytes: pieces * Wire.piece)
+    var times = 1
+    func exchangeWhileComputing() throws(Failure) -> FlopRate {
+      try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in
+        for _ in 0..<times { try exchange(wire, level, bytes: pieces * Wire.piece) }
+      }
     }
-    // So long that it is many products.
-    let times = Int(min(64, max(1, 0.02 / once.value)))
+    // So long that it is many products; messages may be much slower while cores are busy.
+    let once = try middleLap(Seconds(0)) { () throws(Failure) in _ = try exchangeWhileComputing() }
+    times = Int(min(64, max(1, min(0.02, budget.value / 4) / once.value)))
     var (alone, along): ([FlopRate], [FlopRate]) = ([], [])
     _ = try middleLap(budget * 0.8) { () throws(Failure) in
       let start = Seconds.now
-      along.append(
-        try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in
-          for _ in 0..<times { try exchange(wire, level, bytes: pieces * Wire.piece) }
-        })
+      along.append(try exchangeWhileComputing())
       let end = Seconds.now + Seconds(Seconds.now.value - start.value)
       alone.append(try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in Calibrator.sleep(until: end) })
     }
