@@ -75,6 +75,11 @@ static void test_round_trip(void) {
   EXPECT(FMOE_ERROR_FILE, fmoe_cluster_write(cluster, "/no-such-folder/cluster.json"));
   CHECK(strstr(fmoe_last_error(), "/no-such-folder/cluster.json"), "%s", fmoe_last_error());
   EXPECT(FMOE_ERROR_FILE, fmoe_cluster_write(cluster, folder));
+  const char *link = file("link", NULL);
+  CHECK(!symlink("nothing", link), "a link");
+  EXPECT(FMOE_ERROR_FILE, fmoe_cluster_write(cluster, link)); /* else it would be a file from now on */
+  char target[16] = {0};
+  CHECK(readlink(link, target, sizeof target - 1) == 7 && !strcmp(target, "nothing") && !unlink(link), "%s", target);
   fmoe_cluster_destroy(cluster);
 }
 

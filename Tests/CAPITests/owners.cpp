@@ -120,7 +120,7 @@ static void test_errors() {
   CHECK(throws(FMOE_ERROR_FILE, [] { fastermoe::Cluster read(std::string("no-such-file")); }));
 }
 
-// Never called in this version, but it compiles: what test_errors cannot reach without a cluster.
+// Never called, but it compiles.
 void use_the_rest(fastermoe::Cluster &cluster, const int64_t *counts, const std::string &path) {
   cluster.write(path);
   CHECK(cluster.size() > 0);

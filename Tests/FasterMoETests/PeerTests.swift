@@ -18,7 +18,7 @@ func onThreads(_ count: Int, _ body: @escaping (Int) throws -> Void) {
 }
 
 /// A transport between threads: messages queue up for each pair of ranks and arrive only after some tests, at random.
-private final class Mailbox: @unchecked Sendable {
+final class Mailbox: @unchecked Sendable {
   private let lock = NSLock()
   private var waiting: [[Int]: [Message]] = [:]
   private var random = Numbers(30)
@@ -169,7 +169,7 @@ private final class Mailbox: @unchecked Sendable {
 
   // MARK: Places
 
-  private static func place(_ host: String, _ system: String, cores: String, processors: [Int]? = nil) throws -> Place {
+  static func place(_ host: String, _ system: String, cores: String, processors: [Int]? = nil) throws -> Place {
     var place = Place(try Topology(description: cores))
     place.host = .init(repeating: 0)
     place.system = .init(repeating: 0)

@@ -160,7 +160,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       document.workers.append(
         .init(
           name: "w\(worker)", in: "h\(numbers.below(hosts))", up: link(), down: link(),
-          flops: [.init(rows: 1, rate: 1e9), .init(rows: 50, rate: number(2e10, 5e10))]))
+          flops: [.init(rows: 1, rate: FlopRate(1e9)), .init(rows: 50, rate: FlopRate(number(2e10, 5e10)))]))
     }
     if workers > 2 && numbers.below(2) == 0 {
       document.peers = [.init(from: "w0", to: "w\(1 + numbers.below(workers - 1))", there: link(), back: link())]
@@ -437,7 +437,9 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
         twice(&document.workers[worker].up)
         twice(&document.workers[worker].down)
         // A model twice as wide has twice the bytes a row and an expert, and twice the flops.
-        document.workers[worker].flops = document.workers[worker].flops.map { .init(rows: $0.rows, rate: $0.rate * 2) }
+        document.workers[worker].flops = document.workers[worker].flops.map {
+          .init(rows: $0.rows, rate: FlopRate($0.rate.value * 2))
+        }
       }
       for peer in (document.peers ?? []).indices {
         document.peers![peer].there.bandwidth? *= 2

@@ -237,7 +237,7 @@ extension Cluster.Document {
       }
       // Names of hosts may be cut or broken; their numbers are their own.
       let host = "host \(ranks.host[rank]) (\(place.hostName))"
-      enter(host, up: link(calibration.betweenHosts, latency: between / 2))
+      enter(host, up: ranks.hosts > 1 ? link(calibration.betweenHosts, latency: between / 2) : nil)
       if onHost.contains(where: { $0.package != place.package }) { enter("\(host) package \(place.package)") }
       if onPackage.contains(where: { $0.numaNode != place.numaNode }) { enter("\(home!) node \(place.numaNode)") }
       workers.append(

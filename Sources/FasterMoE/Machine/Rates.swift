@@ -112,10 +112,10 @@ final class RateProbe: TeamWork {
   init(_ team: Team) throws(Failure) {
     self.team = team
     let deskFloats = RateProbe.deskFloats
-    memory = try Region(
-      bytes: (RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats)
-        * MemoryLayout<Float>.stride,
-      for: "measuring the speed of products")
+    let floats = RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats
+    memory = try Region(bytes: floats * MemoryLayout<Float>.stride, for: "measuring the speed of products")
+    // Pages that nobody has written to are one and the same page, which caches know better or worse than real ones.
+    memory.base.assumingMemoryBound(to: Float.self).update(repeating: 1, count: floats)
   }
 
   /// The rate at `rows`, for a moment that is long enough to outlast its start.
