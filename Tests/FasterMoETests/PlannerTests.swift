@@ -202,7 +202,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     switch numbers.below(6) {
     case 0: return .coarse(workers: workers, shadows: shadows)
     case 1: return .everyExpert(workers: workers, experts: experts)
-    case 2: return Plan.everyExpert(workers: workers, experts: experts).inSeries
+    case 2: return Plan.coarse(workers: workers, shadows: Array(0..<experts), fetchesAgain: true)
     default:
       let groups = Groups(workers: workers, size: 1 + numbers.below(workers))
       return .pairwise(groups, shadows: shadows, forward: order(), backward: order())

@@ -42,6 +42,42 @@ package struct PlanRequest {
   }
 }
 
+extension Plan {
+  /// What is asked for where nobody knows how fast links are: what is left open is no shadow, and rows that travel while
+  /// experts compute, so many workers at a time that an expert has rows enough in each round to be worth its weights' way
+  /// to the core. `known` was made here, too, and serves again if it is what is asked for.
+  package static func unmeasured(_ request: PlanRequest, _ traffic: Traffic, again known: Plan?) -> Plan {
+    let workers = traffic.workers
+    let isEvery = request.shadowing == .everyExpert
+    let shadows = request.shadows
+    var groups = Groups(workers: workers, size: workers)
+    if request.schedule != .coarse, !isEvery {
+      var size = request.groupSize
+      if size == 0 {
+        let all = (0..<workers).reduce(0) { $0 + traffic.rows(at: $1) }
+        let usual = max(1, all / (workers * traffic.experts))
+        size = (rowsWorthTheirWeights + usual - 1) / usual
+      }
+      groups = Groups(workers: workers, size: size)
+    }
+    if let known, known.groups == groups, known.overlaps == (request.schedule != .coarse), known.fetchesAgain == isEvery,
+      isEvery || known.shadows == shadows
+    {
+      return known
+    }
+    if isEvery { return everyExpert(request, workers: workers, experts: traffic.experts) }
+    guard request.schedule != .coarse else { return coarse(workers: workers, shadows: shadows) }
+    return pairwise(groups, shadows: shadows, forward: Order(), backward: Order())
+  }
+  private static var rowsWorthTheirWeights: Int { 4 * Panels.height }
+
+  static func everyExpert(_ request: PlanRequest, workers: Int, experts: Int) -> Plan {
+    request.schedule == .coarse
+      ? coarse(workers: workers, shadows: Array(0..<experts), fetchesAgain: true)
+      : everyExpert(workers: workers, experts: experts)
+  }
+}
+
 /// What a plan is expected to cost, forward and backward of one batch.
 package struct PlanReport {
   package var shadows = 0

@@ -115,8 +115,7 @@ package struct Planner {
   private mutating func everyExpert(_ request: PlanRequest) -> Choice {
     var volumes = shadowing(Array(0..<traffic.experts))
     volumes.fetchesAgain = true
-    var plan = Plan.everyExpert(workers: cluster.workers, experts: traffic.experts)
-    if request.schedule == .coarse { plan = plan.inSeries }
+    let plan = Plan.everyExpert(request, workers: cluster.workers, experts: traffic.experts)
     let costs = simulator.costs(plan.groups, volumes, volumes.moving)
     return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
   }

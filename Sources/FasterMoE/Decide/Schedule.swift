@@ -98,17 +98,28 @@ package struct Plan: Equatable, Sendable {
   package let shadows: [Int]
   package let forward: [Step]
   package let backward: [Step]
+  /// Whether one lane works while the other does; else all that comes before computing is done, then all computing.
+  package let overlaps: Bool
 
   package var steps: Int { forward.count + backward.count }
 
-  /// The same steps without overlap.
-  package var inSeries: Plan {
-    func series(_ steps: [Step]) -> [Step] {
-      var series = Steps()
-      series.inSeries(steps.map(\.action))
-      return series.list
-    }
-    return Plan(groups: groups, shadows: shadows, forward: series(forward), backward: series(backward))
+  /// Equal for equal plans, and different for others but for a chance in 2^64 (FNV-1a): workers that came to different
+  /// plans must hear of it before they wait for each other.
+  package var fingerprint: UInt64 {
+    var hash = 0xcbf2_9ce4_8422_2325 as UInt64
+    func mix(_ number: Int) { hash = (hash ^ UInt64(bitPattern: Int64(number))) &* 0x100_0000_01b3 }
+    mix(groups.size * 2 + (overlaps ? 1 : 0))
+    for expert in shadows { mix(expert) }
+    for step in forward { mix(step.action.number(1 << 32)) }
+    for step in backward { mix(step.action.number(1 << 32)) }
+    return hash
+  }
+
+  /// Whether backward does not use the copies that forward has fetched (ZeRO stage 3).
+  package var fetchesAgain: Bool { Plan.fetches(backward) }
+
+  package static func fetches(_ steps: [Step]) -> Bool {
+    steps.contains { if case .fetch = $0.action { true } else { false } }
   }
 }
 
@@ -141,17 +152,18 @@ package struct Order: Equatable, Sendable {
 
 extension Plan {
   /// FastMoE's: everything after everything else, nothing overlaps.
-  package static func coarse(workers: Int, shadows: [Int]) -> Plan {
+  package static func coarse(workers: Int, shadows: [Int], fetchesAgain: Bool = false) -> Plan {
     let rounds = workers > 1 ? [Action.send(round: 0)] : []
     let fetches = shadows.indices.map { Action.fetch(shadow: $0) }
     let returns = workers > 1 ? [Action.giveBack(round: 0)] : []
     var (forward, backward) = (Steps(), Steps())
     forward.inSeries(fetches + rounds + [.compute(round: 0)] + shadows.indices.map { .computeShadow($0) } + returns)
     backward.inSeries(
-      rounds + shadows.indices.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }
+      (fetchesAgain ? fetches : []) + rounds + shadows.indices.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }
         + [.compute(round: 0), .gradWeights] + returns + shadows.indices.map { .reduce(shadow: $0) })
     return Plan(
-      groups: Groups(workers: workers, size: workers), shadows: shadows, forward: forward.list, backward: backward.list)
+      groups: Groups(workers: workers, size: workers), shadows: shadows, forward: forward.list,
+      backward: backward.list, overlaps: false)
   }
 
   /// The paper's smart schedule, its order of choice for each direction; in backward the gradients of weights come last,
@@ -159,7 +171,7 @@ extension Plan {
   package static func pairwise(_ groups: Groups, shadows: [Int], forward: Order, backward: Order) -> Plan {
     Plan(
       groups: groups, shadows: shadows, forward: Steps.forward(groups, shadows: shadows.count, forward).list,
-      backward: Steps.backward(groups, shadows: shadows.count, backward).list)
+      backward: Steps.backward(groups, shadows: shadows.count, backward).list, overlaps: true)
   }
 
   /// ZeRO stage 3: every expert is shadowed, the next one fetched while one computes; nothing is kept for backward.
@@ -181,7 +193,7 @@ extension Plan {
     }
     return Plan(
       groups: Groups(workers: workers, size: workers), shadows: Array(all), forward: forward.list,
-      backward: backward.list)
+      backward: backward.list, overlaps: true)
   }
 }
 

@@ -56,11 +56,10 @@ package struct Moves {
     for expert in experts { shadowed[expert] = true }
   }
 
-  /// Rows that go from `source` through `expert` at its owner.
+  /// Rows that go from `source` through `expert` as its owner's expert, not as a copy.
   @inline(__always)
   package func rows(from source: Int, for expert: Int) -> Int {
-    if shadowed[expert] && traffic.owner(of: expert) != source { return 0 }
-    return Int(traffic.counts[source * traffic.experts + expert])
+    shadowed[expert] ? 0 : Int(traffic.counts[source * traffic.experts + expert])
   }
 
   /// Rows that go from one worker to another, or stay at the experts that it owns.
@@ -71,7 +70,7 @@ package struct Moves {
   /// Rows that `worker` computes.
   package func rows(at worker: Int) -> Int {
     var rows = (0..<traffic.workers).reduce(0) { $0 + self.rows(from: $1, to: worker) }
-    for expert in 0..<traffic.experts where shadowed[expert] && traffic.owner(of: expert) != worker {
+    for expert in 0..<traffic.experts where shadowed[expert] {
       rows += Int(traffic.counts[worker * traffic.experts + expert])
     }
     return rows
@@ -86,38 +85,33 @@ package struct Moves {
   }
 }
 
-/// The rounds in which workers exchange rows: they form groups, and in round r every group sends to the r-th group before
-/// it on a ring and receives from the r-th behind it (FasterMoE §4.2). Round 0 stays in the group.
+/// The rounds of Groups (FasterMoE §4.2), by rank.
 package struct Rounds {
-  /// Workers by place: neighbours are near each other. The first `groupSize` are the first group, and so on; the last
-  /// group may be smaller.
-  package let order: [Int]
-  package let groupSize: Int
-  package var count: Int { (order.count + groupSize - 1) / groupSize }
+  package let groups: Groups
+  /// [W] the rank at each seat, and the seat of each rank.
+  private let ranks: [Int]
+  private let seats: [Int]
+  package var count: Int { groups.count }
 
-  package init(order: [Int], groupSize: Int) {
-    self.order = order
-    self.groupSize = min(max(1, groupSize), order.count)
+  package init(_ groups: Groups, ranks: [Int], seats: [Int]) {
+    (self.groups, self.ranks, self.seats) = (groups, ranks, seats)
   }
-
-  /// One round in which everybody sends to everybody.
-  package static func coarse(_ workers: Int) -> Rounds { Rounds(order: Array(0..<workers), groupSize: workers) }
 
   /// The workers whose rows come to `worker` in `round`.
-  package func sources(of worker: Int, in round: Int) -> ArraySlice<Int> { group(groupOf(worker) + round) }
+  package func sources(of worker: Int, in round: Int) -> ArraySlice<Int> {
+    ranks[groups.seats(of: groups.source(of: group(of: worker), round: round))]
+  }
 
   /// The workers to whom `worker` sends in `round`.
-  package func targets(of worker: Int, in round: Int) -> ArraySlice<Int> { group(groupOf(worker) + count - round) }
-
-  private func groupOf(_ worker: Int) -> Int { order.firstIndex(of: worker)! / groupSize }
-  private func group(_ index: Int) -> ArraySlice<Int> {
-    let first = index % count * groupSize
-    return order[first..<min(first + groupSize, order.count)]
+  package func targets(of worker: Int, in round: Int) -> ArraySlice<Int> {
+    ranks[groups.seats(of: groups.target(of: group(of: worker), round: round))]
   }
+
+  private func group(of worker: Int) -> Int { groups.group(of: seats[worker]) }
 }
 
 /// The rows that one worker computes: by round, then by expert, then by the worker they come from, then in that one's
-/// order; and behind all rounds its own rows for experts that it holds copies of.
+/// order; and behind all rounds its own rows for experts that are shadowed, its own ones among them.
 ///
 /// In one round with workers in order that is how one worker alone would have sorted the whole batch, so that sums have
 /// the same bits.
@@ -167,7 +161,7 @@ package struct Arrivals {
     }
     let first = firstRow + rounds.count * owned.count
     for (index, expert) in shadows.enumerated() {
-      let count = owned.contains(expert) ? 0 : Int(moves.traffic.counts[worker * moves.traffic.experts + expert])
+      let count = Int(moves.traffic.counts[worker * moves.traffic.experts + expert])
       first[index + 1] = first[index] + count
       guard count > 0 else { continue }
       var place = 0

@@ -21,50 +21,42 @@ extension Pass {
     return words
   }
 
-  /// Whether backward does not use the copies that forward has fetched (ZeRO stage 3).
-  private var fetchesAgain: Bool { request.shadowing == .everyExpert }
-
-  /// Whether rows travel while experts compute.
-  var isOverlapped: Bool { !group.peers.shareMemory && group.size > 1 && request.schedule != .coarse }
-
   /// Rows that come to this worker's experts.
   var arrivedRows: Int { inbox.arrivals.firstRow[rounds.count * layer!.owned.count + shadows.count] }
 
-  /// In which rounds rows go to their experts. All ranks find the same.
-  private func chooseRounds() -> Rounds {
-    guard isOverlapped else { return Rounds(order: group.ranks, groupSize: group.size) }
-    if request.groupSize > 0 { return Rounds(order: group.leaves, groupSize: request.groupSize) }
-    // So many workers at a time that an expert has rows enough in each round to be worth its weights' way to the core.
-    let all = (0..<group.size).reduce(0) { $0 + store.traffic.rows(at: $1) }
-    let usual = max(1, all / (group.size * shape.experts))
-    return Rounds(order: group.leaves, groupSize: (Pass.rowsWorthTheirWeights + usual - 1) / usual)
-  }
-  private static var rowsWorthTheirWeights: Int { 4 * Panels.height }
-
-  /// Cuts the rows of each round into blocks.
-  func cutBlocks() {
+  /// Cuts the rows that `steps` compute into blocks, in their order.
+  private func cutBlocks(_ steps: [Step]) {
     let experts = layer!.owned.count
     inbox.latest.update(repeating: -1, count: experts + shadows.count)
     blocks = 0
-    for round in 0..<rounds.count {
-      inbox.roundBlocks[round] = blocks
-      blocks += Block.cut(
-        firstRow: inbox.arrivals.firstRow + round * experts, experts: experts, inOrder: !group.peers.shareMemory,
-        into: inbox.blocks, behind: blocks, latest: inbox.latest)
+    turns.removeAll(keepingCapacity: true)
+    for step in steps {
+      switch step.action {
+      case .compute(let round):
+        inbox.roundBlocks[round] = cut(inbox.arrivals.firstRow + round * experts, experts, firstExpert: 0)
+      case .computeShadow(let index):
+        inbox.shadowBlocks[index] = cut(
+          inbox.arrivals.firstRow + rounds.count * experts + index, 1, firstExpert: experts + index)
+      case .gradWeights where plan.overlaps:
+        for round in 0..<rounds.count { turns.append(.weights(inbox.roundBlocks[round])) }
+      case .gradShadowWeights(let index) where plan.overlaps: turns.append(.weights(inbox.shadowBlocks[index]))
+      default: break
+      }
     }
-    inbox.roundBlocks[rounds.count] = blocks
-    blocks += Block.cut(
-      firstRow: inbox.arrivals.firstRow + rounds.count * experts, experts: shadows.count, firstExpert: experts,
-      inOrder: !group.peers.shareMemory, into: inbox.blocks, behind: blocks, latest: inbox.latest)
-    inbox.roundBlocks[rounds.count + 1] = blocks
-    clearTasks()
-  }
-
-  func clearTasks() {
+    if !plan.overlaps { turns.append(.both(0..<blocks)) }
     for block in 0..<blocks {
       (inbox.rowTasksDone + block).initialize(to: Atomic(0))
       (inbox.weightTasksDone + block).initialize(to: Atomic(0))
     }
+  }
+
+  private func cut(_ firstRow: UnsafeMutablePointer<Int>, _ experts: Int, firstExpert: Int) -> Range<Int> {
+    let first = blocks
+    blocks += Block.cut(
+      firstRow: firstRow, experts: experts, firstExpert: firstExpert, inOrder: !group.peers.shareMemory,
+      into: inbox.blocks, behind: blocks, latest: inbox.latest)
+    if plan.overlaps { turns.append(.rows(first..<blocks)) }
+    return first..<blocks
   }
 
   /// Room for the rows that will come to this worker's experts, and their list.
@@ -75,7 +67,11 @@ extension Pass {
       throw Failure(.argument, "\(store.moves.rows(at: group.rank)) rows to compute here do not fit 31 bits")
     }
     store.routing.sort(slots: count * shape.choices, experts: shape.experts, store.moves)
-    rounds = chooseRounds()
+    // All in one round stand as one worker would have sorted them; in more, neighbours are in one group.
+    rounds =
+      plan.groups.count == 1
+      ? Rounds(plan.groups, ranks: group.ranks, seats: group.ranks)
+      : Rounds(plan.groups, ranks: group.leaves, seats: group.seats)
     var size = Arena()
     _ = Inbox(shape, store.moves, shadows.count, rounds, at: group.rank, overWire: overWire, &size)
     if Pass.capacity(inboxMemory) < size.bytes {
@@ -118,6 +114,13 @@ extension Pass {
       let owner = moves.traffic.owner(of: expert)
       // Blocks of parameters have one form on all workers.
       let theirs = expert - moves.traffic.owned(by: owner).lowerBound
+      guard owner != rank else {
+        (inbox.copies + index).initialize(
+          to: (
+            values: ExpertTensors(layer!.values, theirs, shape), grads: ExpertTensors(layer!.gradients, theirs, shape)
+          ))
+        continue
+      }
       let values =
         group.peers.shareMemory
         ? ExpertTensors(layer!.values, theirs, shape, shift: floats(all[owner].words.values)! - layer!.values.base)
@@ -139,32 +142,34 @@ extension Pass {
     if group.peers.shareMemory { try group.peers.meet() }
   }
 
-  /// Rows to their experts, through them, and back.
+  /// Rows to their experts, through them, and back, in the order of `steps`.
   ///
   /// Where workers share memory, experts read and write rows where they stand. Over a transport rows are packed and sent,
-  /// computed and sent back: coarsely one after the other, or else each as soon as it can.
-  func throughExperts(send: Job, arriving: UnsafeMutablePointer<Float>, compute: Job) throws(Failure) {
+  /// computed and sent back: coarsely one after the other, or else each as soon as its step has come.
+  func throughExperts(
+    _ steps: [Step], send: Job, arriving: UnsafeMutablePointer<Float>, compute: Job
+  ) throws(Failure) {
+    cutBlocks(steps)
     guard let peers = group.peers as? WirePeers else {
       run(compute, arrivedRows)
       return try group.peers.meet()
     }
     do throws(Failure) {
       run(send, count)
-      // Steps: rows there, copies there; rows back, gradients of copies back.
-      for round in 0..<rounds.count { addArrivals(peers, round, arriving, step: isOverlapped ? round : 0) }
-      if compute == .expertsForward || fetchesAgain {
-        run(.packCopies, shadows.count)
-        addCopies(peers, step: rounds.count)
-      }
-      beginJourney(computing: compute)
+      let fetches = Plan.fetches(steps)
+      if fetches { run(.packCopies, shadows.count) }
+      beginJourney(fetches: fetches)
       defer { journey.end() }
-      if isOverlapped {
-        addWayBack(peers, compute)
+      job = compute
+      if plan.overlaps {
+        for index in steps.indices { add(peers, steps[index].action, arriving, step: index) }
         try moveWhileComputing(peers.wire)
       } else {
+        let turn = steps.firstIndex { !$0.action.communicates } ?? steps.count
+        for index in 0..<turn { add(peers, steps[index].action, arriving, step: index) }
         try peers.wire.run(journey)
         run(compute, arrivedRows)
-        addWayBack(peers, compute)
+        for index in turn..<steps.count { add(peers, steps[index].action, arriving, step: index) }
         try peers.wire.run(journey)
       }
     } catch {
@@ -173,18 +178,21 @@ extension Pass {
     }
   }
 
-  private func addWayBack(_ peers: WirePeers, _ compute: Job) {
-    let step = rounds.count + shadows.count
-    for round in 0..<rounds.count { addReturns(peers, round, step: isOverlapped ? step + round : step) }
-    if compute == .expertsBackward { addReductions(peers, step: step + rounds.count) }
+  private func add(_ peers: WirePeers, _ action: Action, _ arriving: UnsafeMutablePointer<Float>, step: Int) {
+    switch action {
+    case .send(let round): addArrivals(peers, round, arriving, step: step)
+    case .fetch(let index): addCopy(peers, index, step: step)
+    case .giveBack(let round): addReturns(peers, round, step: step)
+    case .reduce(let index): addReduction(peers, index, step: step)
+    case .compute, .computeShadow, .gradWeights, .gradShadowWeights: break
+    }
   }
 
-  private func beginJourney(computing job: Job) {
+  private func beginJourney(fetches: Bool) {
     journey.begin(
       inbox, rounds, shadows.map { store.traffic.owner(of: $0) }, at: group.rank, experts: layer!.owned.count,
       rowTasks: PassContext.rowTasks(blocks, threads: team.threads), weightTasks: PassContext.weightTasks(shape),
-      rowBytes: shape.model * MemoryLayout<Float>.stride, fetches: job == .expertsForward || fetchesAgain)
-    self.job = job
+      rowBytes: shape.model * MemoryLayout<Float>.stride, fetches: fetches)
   }
 
   private func moveWhileComputing(_ wire: Wire) throws(Failure) {
@@ -200,35 +208,31 @@ extension Pass {
     }
   }
 
-  /// The parameters of every shadowed expert along the chain that begins at its owner.
-  private func addCopies(_ peers: WirePeers, step: Int) {
+  /// The parameters of a shadowed expert along the chain that begins at its owner.
+  private func addCopy(_ peers: WirePeers, _ index: Int, step: Int) {
     let (before, after) = peers.neighbours
     let bytes = inbox.copyFloats * MemoryLayout<Float>.stride
-    for (index, expert) in shadows.enumerated() {
-      let owner = store.traffic.owner(of: expert)
-      let copy = inbox.copyValues + index * inbox.copyFloats
-      var source = -1
-      if owner != peers.rank {
-        source = peers.wire.receive(copy, bytes, from: before, step: step + index, tag: Journey.copy(index, group.size))
-      }
-      if after != owner { peers.wire.send(copy, bytes, to: after, following: source, step: step + index) }
+    let owner = store.traffic.owner(of: shadows[index])
+    let copy = inbox.copyValues + index * inbox.copyFloats
+    var source = -1
+    if owner != peers.rank {
+      source = peers.wire.receive(copy, bytes, from: before, step: step, tag: Journey.copy(index, group.size))
     }
+    if after != owner { peers.wire.send(copy, bytes, to: after, following: source, step: step) }
   }
 
-  /// The gradients of every shadowed expert along the chain that ends at its owner: each adds its own to what comes.
-  private func addReductions(_ peers: WirePeers, step: Int) {
+  /// The gradients of a shadowed expert along the chain that ends at its owner: each adds its own to what comes.
+  private func addReduction(_ peers: WirePeers, _ index: Int, step: Int) {
     let (before, after) = peers.neighbours
     let bytes = inbox.copyFloats * MemoryLayout<Float>.stride
-    for (index, expert) in shadows.enumerated() {
-      let owner = store.traffic.owner(of: expert)
-      let tag = Journey.reduction(index, shadows.count, group.size)
-      let sums = inbox.copySums + index * inbox.copyFloats
-      if before == owner {
-        peers.wire.send(inbox.copyGrads + index * inbox.copyFloats, bytes, to: after, step: step + index, tag: tag)
-      } else {
-        let source = peers.wire.receive(sums, bytes, from: before, step: step + index, tag: tag)
-        if owner != peers.rank { peers.wire.send(sums, bytes, to: after, following: source, step: step + index) }
-      }
+    let owner = store.traffic.owner(of: shadows[index])
+    let tag = Journey.reduction(index, shadows.count, group.size)
+    let sums = inbox.copySums + index * inbox.copyFloats
+    if before == owner {
+      peers.wire.send(inbox.copyGrads + index * inbox.copyFloats, bytes, to: after, step: step, tag: tag)
+    } else {
+      let source = peers.wire.receive(sums, bytes, from: before, step: step, tag: tag)
+      if owner != peers.rank { peers.wire.send(sums, bytes, to: after, following: source, step: step) }
     }
   }
 

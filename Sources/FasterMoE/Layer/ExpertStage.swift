@@ -1,5 +1,21 @@
 import Synchronization
 
+/// What backward does with some blocks.
+enum Turn {
+  case rows(Range<Int>)
+  case weights(Range<Int>)
+  /// Each block's weight gradients `lag` blocks behind its rows', while what they need is in the caches.
+  case both(Range<Int>)
+
+  func tasks(_ rowTasks: Int, _ weightTasks: Int, lag: Int) -> Int {
+    switch self {
+    case .rows(let blocks): blocks.count * rowTasks
+    case .weights(let blocks): blocks.count * weightTasks
+    case .both(let blocks): blocks.isEmpty ? 0 : (blocks.count + lag) * (rowTasks + weightTasks)
+    }
+  }
+}
+
 /// The experts' work: rows in, rows out, and the same way back.
 extension PassContext {
   // MARK: Forward
@@ -57,41 +73,60 @@ extension PassContext {
 
   // MARK: Backward
 
-  /// Gradients of rows, weights and routing weights.
+  /// Gradients of rows, weights and routing weights, in the order of `turns`.
   ///
-  /// Blocks go in order. Each has tasks that make its rows' gradients and, `lag` blocks later, tasks that make its
-  /// weights' gradients from them. Tasks are taken in one order, so whoever waits, waits for a task already under way or
-  /// for rows that are on their way here.
-  func backward(blocks: Int) {
+  /// Tasks are taken in one order, so whoever waits, waits for a task already under way or for rows that are on their way
+  /// here.
+  func backward(blocks: Int, _ turns: [Turn]) {
     let rowTasks = rowTasks(blocks)
     let weightTasks = PassContext.weightTasks(shape)
-    let lag = workspace.lag(blocks)
-    let perBlock = rowTasks + weightTasks
-    while case let task = team.take(), task < (blocks + lag) * perBlock {
-      let (round, part) = task.quotientAndRemainder(dividingBy: perBlock)
-      if part < rowTasks {
-        guard round < blocks else { continue }
-        if round > lag { wait(for: inbox.weightTasksDone + (round - lag - 1), weightTasks) }
-        let block = inbox.blocks[round]
-        let rows = cut(block, part, of: rowTasks)
-        if !rows.isEmpty, journey.wait(team, for: block, rows) {
-          backward(round, rows)
-          journey.isDone()
+    var (turn, first) = (0, 0)
+    while turn < turns.count {
+      let task = team.take()
+      while turn < turns.count, task >= first + turns[turn].tasks(rowTasks, weightTasks, lag: workspace.lag) {
+        first += turns[turn].tasks(rowTasks, weightTasks, lag: workspace.lag)
+        turn += 1
+      }
+      guard turn < turns.count else { return }
+      switch turns[turn] {
+      case .rows(let blocks):
+        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, of: rowTasks)
+      case .weights(let blocks):
+        let block = blocks.lowerBound + (task - first) / weightTasks
+        makeWeightGradients(block, (task - first) % weightTasks, of: weightTasks, rowTasks)
+      case .both(let blocks):
+        let (round, part) = (task - first).quotientAndRemainder(dividingBy: rowTasks + weightTasks)
+        if part < rowTasks {
+          guard round < blocks.count else { continue }
+          // The slot's block before this one must have left it.
+          if round > workspace.lag { wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks) }
+          makeRowGradients(round, part, of: rowTasks)
+        } else if round >= workspace.lag {
+          makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks)
         }
-        inbox.rowTasksDone[round].wrappingAdd(1, ordering: .releasing)
-      } else {
-        let index = round - lag
-        guard index >= 0 else { continue }
-        let block = inbox.blocks[index]
-        wait(for: inbox.rowTasksDone + index, rowTasks)
-        if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), weightTasks) }
-        if journey.begin() {
-          addWeightGradients(index, part - rowTasks)
-          journey.isDone()
-        }
-        inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
       }
     }
+  }
+
+  private func makeRowGradients(_ index: Int, _ part: Int, of parts: Int) {
+    let block = inbox.blocks[index]
+    let rows = cut(block, part, of: parts)
+    if !rows.isEmpty, journey.wait(team, for: block, rows) {
+      backward(index, rows)
+      journey.isDone()
+    }
+    inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
+  }
+
+  private func makeWeightGradients(_ index: Int, _ part: Int, of parts: Int, _ rowTasks: Int) {
+    let block = inbox.blocks[index]
+    wait(for: inbox.rowTasksDone + index, rowTasks)
+    if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), parts) }
+    if journey.begin() {
+      addWeightGradients(index, part)
+      journey.isDone()
+    }
+    inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
   }
 
   /// grad_tokens of a pass that the caller routed.

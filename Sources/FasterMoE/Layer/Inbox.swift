@@ -9,8 +9,8 @@ struct Inbox {
   /// The linear half of gated experts.
   let innerLinear: Panels
   let blocks: UnsafeMutablePointer<Block>
-  /// [rounds + 2] the first block of each round; the last round is that of the shadows.
-  let roundBlocks: UnsafeMutablePointer<Int>
+  /// [rounds], [shadows] the blocks of each.
+  let roundBlocks, shadowBlocks: UnsafeMutablePointer<Range<Int>>
   /// [e + shadows] the latest block of each expert, or -1.
   let latest: UnsafeMutablePointer<Int32>
   /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
@@ -41,7 +41,8 @@ struct Inbox {
     innerLinear = Panels(
       arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
     blocks = arena.take(most)
-    roundBlocks = arena.take(rounds.count + 2)
+    roundBlocks = arena.take(rounds.count)
+    shadowBlocks = arena.take(shadows)
     latest = arena.take(moves.traffic.owned(by: worker).count + shadows)
     rowTasksDone = arena.take(most)
     weightTasksDone = arena.take(most)

@@ -62,7 +62,7 @@ final class Journey: Freight {
     for round in 0..<rounds.count {
       for source in rounds.sources(of: worker, in: round) {
         arrivedRows[source].store(source == worker ? .max : 0, ordering: .relaxed)
-        returns[source] = (0, inbox.roundBlocks[round], inbox.roundBlocks[round + 1])
+        returns[source] = (0, inbox.roundBlocks[round].lowerBound, inbox.roundBlocks[round].upperBound)
       }
     }
     while copies.count < owners.count { copies.append(Copy()) }

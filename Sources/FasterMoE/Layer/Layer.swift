@@ -80,6 +80,14 @@ package final class Layer {
     }
   }
 
+  /// The plan of a request that no prediction decides; in training it is the same one again and again.
+  func unmeasured(_ request: PlanRequest, _ traffic: Traffic) -> Plan {
+    let plan = Plan.unmeasured(request, traffic, again: lastUnmeasured)
+    lastUnmeasured = plan
+    return plan
+  }
+  private var lastUnmeasured: Plan?
+
   /// The group as numbers, if it was calibrated and has links; made once for each calibration.
   var cluster: Cluster? {
     get throws(Failure) {

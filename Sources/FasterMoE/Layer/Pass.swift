@@ -26,8 +26,11 @@ package final class Pass: TeamWork {
   var inbox: Inbox!
   var workspace: Workspace!
   var blocks = 0
-  var request = PlanRequest()
+  /// There from plan or forward on.
+  var plan: Plan!
   var rounds: Rounds!
+  /// What backward does with the blocks.
+  var turns: [Turn] = []
   let journey: Journey
   var number = 0
   private var tokensOfAll = 0
@@ -37,7 +40,7 @@ package final class Pass: TeamWork {
     case clearCopyGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
   }
   /// Experts that every worker computes its own rows for.
-  var shadows: [Int] = []
+  var shadows: [Int] { plan?.shadows ?? [] }
   /// Where others left their gradients of copies.
   var copyGrads: [UnsafeMutablePointer<Float>] = []
 
@@ -121,9 +124,8 @@ package final class Pass: TeamWork {
     count = n
     stage = .gated
     (isGated, balanceLoss, zLoss) = (false, 0, 0)
-    request = PlanRequest()
-    shadows.removeAll()
-    store.moves.shadow(shadows)
+    plan = nil
+    store.moves.shadow([])
   }
 
   func gate() {
@@ -199,24 +201,32 @@ package final class Pass: TeamWork {
     if isReported && cluster == nil {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
     }
-    self.request = asked!
-    switch asked!.shadowing {
-    case .everyExpert: shadows = peers.size > 1 ? Array(0..<shape.experts) : []
-    default: shadows = peers.size > 1 ? asked!.shadows : []
-    }
-    if let cluster, isReported || asked!.isOpen { report = try choose(on: cluster) }
+    report = try decide(asked!, on: cluster, isReported: isReported) ?? report
     stage = .planned
     return report
   }
 
-  /// Fills what the request leaves open by what is predicted to be best. All ranks find the same.
-  private func choose(on cluster: Cluster) throws(Failure) -> PlanReport {
+  /// Makes the plan: what the request leaves open is what is predicted to be best. All ranks find the same.
+  @discardableResult
+  private func decide(_ request: PlanRequest, on cluster: Cluster?, isReported: Bool = false) throws(Failure)
+    -> PlanReport?
+  {
+    guard !group.peers.shareMemory, group.size > 1 else {
+      // Where rows need not move, nothing is worth a copy but what is asked for.
+      var inPlace = request
+      inPlace.schedule = .coarse
+      if group.size == 1 { (inPlace.shadowing, inPlace.shadows) = (.never, []) }
+      plan = layer!.unmeasured(inPlace, store.traffic)
+      return nil
+    }
+    guard let cluster, isReported || request.isOpen else {
+      plan = layer!.unmeasured(request, store.traffic)
+      return nil
+    }
     try Planner.check(workers: group.size, experts: shape.experts)
     var planner = Planner(store.traffic, shape, on: cluster)
     let (plan, report) = try planner.plan(request)
-    request.schedule = plan == plan.inSeries ? .coarse : .pairwise
-    request.groupSize = plan.groups.size
-    shadows = plan.shadows
+    self.plan = plan
     return report
   }
 
@@ -227,15 +237,14 @@ package final class Pass: TeamWork {
       guard count == 0 || output != nil else {
         throw Failure(.argument, "output is NULL, but there are \(count) tokens")
       }
-      if stage == .gated, let cluster = try layer!.cluster { _ = try choose(on: cluster) }
+      if stage == .gated { try decide(PlanRequest(), on: try layer!.cluster) }
       try openInbox()
       workspace = try layer!.workspace()
     }
-    let all = try group.agree(.forward, own, same: same(), words: addresses)
+    let all = try group.agree(.forward, own, same: same((plan?.fingerprint ?? 0, 0, 0)), words: addresses)
     self.output = output
     lookAround(all)
-    cutBlocks()
-    try throughExperts(send: .send, arriving: inbox.tokens, compute: .expertsForward)
+    try throughExperts(plan.forward, send: .send, arriving: inbox.tokens, compute: .expertsForward)
     run(.combineForward, count)
     stage = .forwarded
   }
@@ -258,14 +267,13 @@ package final class Pass: TeamWork {
           .argument, "grad_weights must be NULL: the layer's own gate made this pass and takes that gradient itself")
       }
       // While rows travel, all gradients of rows are made before those of weights, so that they can travel soon.
-      workspace = try layer!.workspace(isOverlapped ? .rows(arrivedRows) : .ring)
+      workspace = try layer!.workspace(plan.overlaps ? .rows(arrivedRows) : .ring)
     }
     self.gradOutput = gradOutput
     self.gradTokens = gradTokens
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
-    clearTasks()
     run(.clearCopyGrads, shadows.count)
-    try throughExperts(send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
+    try throughExperts(plan.backward, send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     try gatherCopyGrads()
     run(.combineBackward, count)
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
@@ -306,7 +314,7 @@ package final class Pass: TeamWork {
     case .expertsForward: context.forward(blocks: blocks)
     case .combineForward: context.combine(into: output!)
     case .sendGrads: context.packGrads(gradOutput!)
-    case .expertsBackward: context.backward(blocks: blocks)
+    case .expertsBackward: context.backward(blocks: blocks, turns)
     case .combineBackward:
       if isGated { context.backwardThroughGate(into: gradTokens!) } else { context.combineGrads(into: gradTokens!) }
     }

@@ -74,13 +74,8 @@ struct Workspace {
     }
   }
 
-  /// How many blocks a block's weight tasks stay behind its row tasks, of `blocks`.
-  func lag(_ blocks: Int) -> Int {
-    switch slots {
-    case .ring: threads - 1
-    case .rows: blocks
-    }
-  }
+  /// How many blocks a block's weight tasks stay behind its row tasks where they share a ring of slots.
+  var lag: Int { threads - 1 }
 
   func desk(_ thread: Int) -> Desk {
     var arena = Arena(over: base! + thread * deskBytes)

@@ -185,7 +185,7 @@ extension Peers {
     var all = [Value](repeating: own, count: size)
     let failed = all.withUnsafeMutableBytes { all in
       failure { () throws(Failure) in
-        try gather(&own, bytes: MemoryLayout<Value>.stride, into: all.baseAddress!)
+        try gather(&own, bytes: MemoryLayout<Value>.stride, into: all.baseAddress!, from: .call)
       }
     }
     if let failed { throw failed }

@@ -32,8 +32,9 @@ package final class Group {
   private var haveMeasuredRates = false
   private let notices: UnsafeMutablePointer<Notice>
   private let lock: UnsafeMutablePointer<pthread_mutex_t>
-  /// Ranks by place: neighbours are near each other.
+  /// Ranks by place, where neighbours are near each other, and each rank's seat there.
   package let leaves: [Int]
+  package let seats: [Int]
   /// Ranks by number.
   package let ranks: [Int]
   /// Layers made so far, the same number on all ranks.
@@ -110,7 +111,9 @@ package final class Group {
     self.topology = topology
     self.places = places
     profile = options.profile.map { Array(UnsafeBufferPointer(start: $0, count: strlen($0) + 1)) }
-    leaves = places.leaves
+    let leaves = places.leaves
+    self.leaves = leaves
+    seats = leaves.indices.map { leaves.firstIndex(of: $0)! }
     ranks = Array(0..<peers.size)
     let sharing = places.sharing(of: peers.rank)
     let share = sharing.isAlike ? topology.share(of: sharing.index, among: sharing.count) : 0..<0
