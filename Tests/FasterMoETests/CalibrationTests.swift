@@ -5,9 +5,8 @@ import Testing
 
 @Suite struct CalibrationTests {
   private static func rates(_ base: Double) -> ComputeRates {
-    var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
-    for sample in rates.indices { rates[sample] = FlopRate(base * Double(sample + 1)) }
-    return ComputeRates(rates)
+    let rates = base * SIMD8(1, 2, 3, 4, 5, 6, 7, 8)
+    return ComputeRates(products: rates, weightGrads: rates / 2, rowHandling: ByteRate(base))
   }
 
   private static func link(_ latency: Double, _ rate: Double) -> Calibration.Link {
@@ -36,7 +35,7 @@ import Testing
     let (near, far) = (cluster.cost(from: 0, to: 1), cluster.cost(from: 1, to: 2))
     #expect(abs(near.latency - 4e-6) < 1e-12 && near.slowness == 1 / 8e9)
     #expect(abs(far.latency - 3e-5) < 1e-12 && far.slowness == 1 / 1e9)
-    #expect(cluster.slowdown == 1.25 && cluster.curves[1].rate(rows: 1).value == 3e9, "rank 2 is on seat 1")
+    #expect(cluster.slowdown == 1.25 && cluster.rates[1] == WorkerRates(Self.rates(3e9)), "rank 2 is on seat 1")
     // Alone on their hosts, ranks have no links of their own.
     let apart = try Cluster(
       Cluster.Document(
@@ -112,7 +111,7 @@ import Testing
         betweenHosts: isLinked ? Self.link(1e-5, 1e300) : nil, slowdown: 1 + 1 / 3)
       let got = try peers.share(rank == 0 ? sent : nil)
       #expect(got.withinHosts == sent.withinHosts && got.betweenHosts == sent.betweenHosts)
-      #expect(got.slowdown == sent.slowdown && got.rates.map(\.samples) == sent.rates.map(\.samples))
+      #expect(got.slowdown == sent.slowdown && got.rates == sent.rates)
     }
   }
 

@@ -184,20 +184,29 @@ import Testing
 
   @Test func aLoneWorkersPlanIsItsComputing() throws {
     let shape = try Shape(model: 64, hidden: 128, experts: 3, choices: 2, activation: .gelu)
-    let rates = ComputeRates(InlineArray { FlopRate(Double($0 + 1) * 1e9) })
+    let rates = WorkerRates(
+      ComputeRates(
+        products: 1e9 * SIMD8(1, 2, 3, 4, 5, 6, 7, 8), weightGrads: 1e8 * SIMD8(1, 2, 3, 4, 5, 6, 7, 8),
+        rowHandling: ByteRate(1e9)))
     let report = try Self.withTraffic([[576, 0, 1]]) { PlanReport.inPlace($0, shape: shape, rates: [rates]) }
     #expect(report.shadows == 0 && report.groupSize == 1 && report.computeOverCommunicate == .infinity)
     let flops = 12.0 * 64 * 128
-    #expect(abs(report.planned.value - (576 * flops / 6e9 + flops / 1e9)) < 1e-12)
+    let part = flops / 3
+    let handled = Double(2 * 577 * 64 * 4) / 1e9
+    let expected = 576 * part * (2 / 8e9 + 1 / 8e8) + part * (2 / 1e9 + 1 / 1e8) + handled
+    #expect(abs(report.planned.value - expected) < 1e-12)
     #expect(report.plain == report.planned && report.ideal == report.planned)
     #expect(abs(report.flopRatePerWorker.value - 577 * flops / report.planned.value) < 1)
   }
 
+  private static func flat(_ rate: Double) -> WorkerRates {
+    let curve = RateCurve([RateCurve.Sample(rows: 1, rate: FlopRate(rate))])
+    return WorkerRates(products: curve, weightGrads: curve, rowHandling: ByteRate(.infinity))
+  }
+
   @Test func amongWorkersTheBusiestCounts() throws {
     let shape = try Shape(model: 64, hidden: 128, experts: 2, choices: 1, activation: .gelu)
-    let (fast, slow) = (
-      ComputeRates(.init(repeating: FlopRate(4e9))), ComputeRates(.init(repeating: FlopRate(1e9)))
-    )
+    let (fast, slow) = (Self.flat(4e9), Self.flat(1e9))
     let flops = 12.0 * 64 * 128
     let cases: [([[UInt32]], Double)] = [
       ([[10, 0], [20, 5]], 30 * flops / 4e9), ([[10, 10], [20, 5]], 15 * flops / 1e9),
@@ -299,9 +308,4 @@ import Testing
     }
   }
 
-  @Test func ratesBetweenSamplesLieBetween() {
-    let rates = ComputeRates([FlopRate(1), FlopRate(2), FlopRate(4), FlopRate(8), FlopRate(9), FlopRate(10)])
-    #expect(rates.rate(rows: 1).value == 1 && rates.rate(rows: 4).value == 2 && rates.rate(rows: 5000).value == 10)
-    #expect(rates.rate(rows: 2).value > 1 && rates.rate(rows: 2).value < 2)
-  }
 }

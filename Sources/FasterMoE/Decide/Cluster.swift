@@ -11,7 +11,7 @@ package struct Cluster: Sendable {
   package let ranks: [Int]
   package let seats: [Int]
   /// [W] by seat.
-  package let curves: [RateCurve]
+  package let rates: [WorkerRates]
   /// [nodes]
   package let nodes: [Node]
   /// Both directions of a link are neighbours: 2i and 2i + 1.
@@ -68,9 +68,7 @@ package struct Cluster: Sendable {
     self.document = document
     workers = document.workers.count
     (ranks, seats, nodes) = (layout.ranks, layout.seats, layout.nodes)
-    curves = try layout.ranks.map { rank throws(Failure) in
-      try Layout.curve(document.workers[rank].flops, "worker \"\(document.workers[rank].name)\"")
-    }
+    rates = try layout.ranks.map { rank throws(Failure) in try Layout.rates(document.workers[rank]) }
     peers = try layout.peers(document.peers ?? [])
     let slowdown = document.slowdown ?? 1
     guard slowdown >= 1, slowdown.isFinite else {

@@ -44,9 +44,15 @@ extension Cluster {
       package var up: Link?
       package var down: Link?
       package var flops: [RateCurve.Sample]
+      /// Missing: as `flops`.
+      package var weightFlops: [RateCurve.Sample]?
+      /// Missing: infinite.
+      package var rowHandling: Double?
       enum CodingKeys: String, CodingKey {
         case name, `in`, up, down
         case flops = "flops_per_second"
+        case weightFlops = "weight_gradient_flops_per_second"
+        case rowHandling = "row_bytes_per_second"
       }
     }
 
@@ -186,16 +192,32 @@ extension Cluster {
       return links
     }
 
-    static func curve(_ samples: [RateCurve.Sample], _ worker: String) throws(Failure) -> RateCurve {
-      guard !samples.isEmpty else { throw Failure(.file, "\(worker) has no flops_per_second") }
+    static func rates(_ worker: Document.Worker) throws(Failure) -> WorkerRates {
+      let name = "worker \"\(worker.name)\""
+      let handling = worker.rowHandling ?? .infinity
+      guard handling > 0 else {
+        throw Failure(.file, "\(name) has \(handling) row_bytes_per_second; it must be positive")
+      }
+      let products = try curve(worker.flops, "flops_per_second", name)
+      return WorkerRates(
+        products: products,
+        weightGrads: try worker.weightFlops.map { samples throws(Failure) in
+          try curve(samples, "weight_gradient_flops_per_second", name)
+        } ?? products, rowHandling: ByteRate(handling))
+    }
+
+    private static func curve(_ samples: [RateCurve.Sample], _ key: String, _ worker: String) throws(Failure)
+      -> RateCurve
+    {
+      guard !samples.isEmpty else { throw Failure(.file, "\(worker) has no \(key)") }
       for (index, sample) in samples.enumerated() {
         guard sample.rows >= 1, index == 0 || sample.rows > samples[index - 1].rows else {
-          throw Failure(.file, "\(worker): rows of flops_per_second must be positive and rise, not \(sample.rows)")
+          throw Failure(.file, "\(worker): rows of \(key) must be positive and rise, not \(sample.rows)")
         }
         guard sample.rate.value > 0, sample.rate.value.isFinite else {
           throw Failure(
             .file,
-            "\(worker): flops_per_second at \(sample.rows) rows is \(sample.rate.value); it must be positive and finite"
+            "\(worker): \(key) at \(sample.rows) rows is \(sample.rate.value); it must be positive and finite"
           )
         }
       }
@@ -243,7 +265,9 @@ extension Cluster.Document {
       workers.append(
         Worker(
           name: "rank \(rank)", in: home!, up: link(calibration.withinHosts, latency: within / 2),
-          flops: calibration.rates[rank].samples))
+          flops: ComputeRates.samples(calibration.rates[rank].products),
+          weightFlops: ComputeRates.samples(calibration.rates[rank].weightGrads),
+          rowHandling: calibration.rates[rank].rowHandling.value))
     }
     slowdown = calibration.slowdown
   }

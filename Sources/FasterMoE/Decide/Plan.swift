@@ -60,7 +60,8 @@ extension Plan {
       }
       groups = Groups(workers: workers, size: size)
     }
-    if let known, known.groups == groups, known.overlaps == (request.schedule != .coarse), known.fetchesAgain == isEvery,
+    if let known, known.groups == groups, known.overlaps == (request.schedule != .coarse),
+      known.fetchesAgain == isEvery,
       isEvery || known.shadows == shadows
     {
       return known
@@ -96,7 +97,7 @@ package struct PlanReport {
 
   /// Workers that share memory, or one alone: rows are read where they stand, so that nothing is sent and no copy can
   /// pay. All that counts is how fast the worker computes that has most to do; `rates` [W].
-  package static func inPlace(_ traffic: Traffic, shape: Shape, rates: UnsafePointer<ComputeRates>) -> PlanReport {
+  package static func inPlace(_ traffic: Traffic, shape: Shape, rates: [WorkerRates]) -> PlanReport {
     var report = PlanReport()
     var work = Flops(0)
     for worker in 0..<traffic.workers {
@@ -105,7 +106,8 @@ package struct PlanReport {
         let rows = traffic.rows(for: expert)
         guard rows > 0 else { continue }
         work = work + shape.flops(rows: rows)
-        busy = busy + shape.flops(rows: rows) / rates[worker].rate(rows: rows)
+        busy =
+          busy + shape.seconds(rows: rows, at: rates[worker]) * 2 + shape.weightSeconds(rows: rows, at: rates[worker])
       }
       report.planned = max(report.planned, busy)
     }

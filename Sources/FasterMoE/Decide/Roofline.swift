@@ -36,8 +36,9 @@ package struct Volumes {
   private let traffic: Traffic
   /// [E] rows of all workers.
   private let rows: [Int]
-  /// [W] by seat: seconds of one compute.
+  /// [W] by seat: seconds for rows, forward or back, and for gradients of weights.
   private var busy: [Double]
+  private var busyWithWeights: [Double]
   /// As if nothing were shadowed.
   private let between: RowsBetween
   /// [1, nodes] and [1, peers] rows on their way to experts; they come back in the other direction.
@@ -45,8 +46,9 @@ package struct Volumes {
   /// [W] by seat: shadowed experts of each owner.
   private var shadowsOf: [Int]
   private(set) package var shadows: [Int] = []
-  /// [shadows, W] by seat: seconds of one compute of each worker's own rows.
+  /// [shadows, W] by seat: the same of each worker's own rows.
   private(set) package var shadowSeconds: [Double] = []
+  private(set) package var shadowWeightSeconds: [Double] = []
   /// What all copies take one after the other, as every schedule moves them.
   package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
   private var fetching = Seconds(0)
@@ -59,19 +61,25 @@ package struct Volumes {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
     (rows, between) = (traffic.rowsOfExperts, RowsBetween(traffic, on: cluster))
     busy = Array(repeating: 0, count: cluster.workers)
+    busyWithWeights = busy
     shadowsOf = Array(repeating: 0, count: cluster.workers)
     var isShadow = Array(repeating: false, count: traffic.experts)
     for expert in shadows { isShadow[expert] = true }
     shadowSeconds = Array(repeating: 0, count: shadows.count * cluster.workers)
+    shadowWeightSeconds = shadowSeconds
     for seat in 0..<cluster.workers {
-      let (curve, rank) = (cluster.curves[seat], cluster.ranks[seat])
+      let (rates, rank) = (cluster.rates[seat], cluster.ranks[seat])
       for expert in traffic.owned(by: rank) where !isShadow[expert] {
-        busy[seat] += shape.seconds(rows: rows[expert], at: curve).value
+        busy[seat] += shape.seconds(rows: rows[expert], at: rates).value
+        busyWithWeights[seat] += shape.weightSeconds(rows: rows[expert], at: rates).value
       }
       for (index, expert) in shadows.enumerated() {
-        let seconds = shape.seconds(rows: Int(traffic.counts[rank * traffic.experts + expert]), at: curve).value
-        shadowSeconds[index * cluster.workers + seat] = seconds
-        busy[seat] += seconds
+        let own = Int(traffic.counts[rank * traffic.experts + expert])
+        let place = index * cluster.workers + seat
+        shadowSeconds[place] = shape.seconds(rows: own, at: rates).value
+        shadowWeightSeconds[place] = shape.weightSeconds(rows: own, at: rates).value
+        busy[seat] += shadowSeconds[place]
+        busyWithWeights[seat] += shadowWeightSeconds[place]
       }
     }
     loads = LinkLoads(
@@ -83,12 +91,16 @@ package struct Volumes {
   /// One shadow more. O(W).
   package mutating func shadow(_ expert: Int) {
     let owner = cluster.seats[traffic.owner(of: expert)]
-    busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.curves[owner]).value
+    busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.rates[owner]).value
+    busyWithWeights[owner] -= shape.weightSeconds(rows: rows[expert], at: cluster.rates[owner]).value
     for seat in 0..<cluster.workers {
       let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
-      let seconds = shape.seconds(rows: rows, at: cluster.curves[seat]).value
+      let seconds = shape.seconds(rows: rows, at: cluster.rates[seat]).value
+      let weightSeconds = shape.weightSeconds(rows: rows, at: cluster.rates[seat]).value
       shadowSeconds.append(seconds)
+      shadowWeightSeconds.append(weightSeconds)
       busy[seat] += seconds
+      busyWithWeights[seat] += weightSeconds
       if seat != owner, rows > 0 { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
     }
     addCopy(of: expert)
@@ -121,7 +133,12 @@ package struct Volumes {
 
   /// One after the other.
   package var serial: Seconds { computing + communicating }
-  private var computing: Seconds { Seconds(3 * busy.reduce(0, max)) }
+  private var computing: Seconds { busiest { 2 * $0 + $1 } }
+  private func busiest(_ seconds: (_ rows: Double, _ weights: Double) -> Double) -> Seconds {
+    var most = 0.0
+    for seat in busy.indices { most = max(most, seconds(busy[seat], busyWithWeights[seat])) }
+    return Seconds(most)
+  }
   private var communicating: Seconds {
     let there = busiestLink { up, down, _ in (up, down) }
     let back = busiestLink { up, down, _ in (down, up) }
@@ -129,8 +146,8 @@ package struct Volumes {
   }
 
   /// No schedule is faster than its busiest worker and its busiest link, which carries rows there and back.
-  package var leastForward: Seconds { max(Seconds(busy.reduce(0, max)), linkForward) }
-  package var leastBackward: Seconds { max(Seconds(2 * busy.reduce(0, max)), linkBackward) }
+  package var leastForward: Seconds { max(busiest { rows, _ in rows }, linkForward) }
+  package var leastBackward: Seconds { max(busiest { $0 + $1 }, linkBackward) }
   package var least: Seconds { leastForward + leastBackward }
   package var linkForward: Seconds { busiestLink { bothWays($0, $1, copies: fetches(over: $2)) } }
   package var linkBackward: Seconds {

@@ -9,7 +9,7 @@ package enum Shadowing {
     -> (experts: [Int], without: Seconds, with: Seconds)
   {
     let workers = traffic.workers
-    let peak = cluster.curves.reduce(cluster.curves[0].peak) { min($0, $1.peak) }
+    let peak = cluster.rates.reduce(cluster.rates[0].products.peak) { min($0, $1.products.peak) }
     let bandwidth = cluster.slowestLink
     /// Three computes of the busiest worker.
     func computing(_ loads: [Int]) -> Seconds { shape.flops(rows: loads.reduce(0, max)) / peak }
@@ -46,7 +46,7 @@ package enum Shadowing {
       traffic.owned(by: worker).filter { rows[$0] > own($0, worker) }.sorted { (rows[$0], $1) < (rows[$1], $0) }
     }
     var loads = (0..<workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
-    let slowness = cluster.seats.map { 1 / cluster.curves[$0].peak.value }
+    let slowness = cluster.seats.map { 1 / cluster.rates[$0].products.peak.value }
     var order: [Int] = []
     while let busiest = (0..<workers).filter({ !left[$0].isEmpty }).max(by: {
       (Double(loads[$0]) * slowness[$0], $1) < (Double(loads[$1]) * slowness[$1], $0)

@@ -31,9 +31,16 @@ package struct Shape: Equatable {
   /// Useful floating-point operations that `rows` rows cost an expert, forward and backward: three products a matrix.
   package func flops(rows: Int) -> Flops { Flops(Double(rows) * Double(6 * matrices) * Double(model) * Double(hidden)) }
 
-  /// How long one compute takes a worker: forward, the gradients of the rows or those of the weights cost the same.
-  package func seconds(rows: Int, at curve: RateCurve) -> Seconds {
-    rows > 0 ? Flops(flops(rows: rows).value / 3) / curve.rate(rows: rows) : Seconds(0)
+  /// How long a worker takes for rows of one expert, forward or back.
+  package func seconds(rows: Int, at rates: WorkerRates) -> Seconds {
+    guard rows > 0 else { return Seconds(0) }
+    return Flops(flops(rows: rows).value / 3) / rates.products.rate(rows: rows) + rowBytes * Double(rows)
+      / rates.rowHandling
+  }
+
+  /// How long it takes for the gradients of the expert's weights.
+  package func weightSeconds(rows: Int, at rates: WorkerRates) -> Seconds {
+    rows > 0 ? Flops(flops(rows: rows).value / 3) / rates.weightGrads.rate(rows: rows) : Seconds(0)
   }
 
   /// What a row is on its way to an expert and back.

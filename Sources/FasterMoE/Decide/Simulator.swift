@@ -8,16 +8,11 @@ package struct Simulator {
   private let cluster: Cluster
   private let shape: Shape
   private let traffic: Traffic
-  /// [E] seconds of one compute of all rows at the owner.
-  private let wholeSeconds: [Double]
-  /// By group size: [rounds, E] seconds of one compute of a round's rows at the owner.
-  private var roundSeconds: [Int: [Double]] = [:]
+  /// By group size: [rounds, E] seconds for a round's rows at the owner, forward or back, and for the weights' gradients.
+  private var roundSeconds: [Int: (rows: [Double], weights: [Double])] = [:]
 
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
-    wholeSeconds = traffic.rowsOfExperts.enumerated().map { expert, rows in
-      shape.seconds(rows: rows, at: cluster.curves[cluster.seats[traffic.owner(of: expert)]]).value
-    }
   }
 
   /// What each step of any plan with these groups and shadows costs; `moving` are the rows that move then.
@@ -45,20 +40,22 @@ package struct Simulator {
     let seconds = secondsOfRounds(groups)
     for expert in 0..<experts where !shadowed[expert] {
       let seat = cluster.seats[traffic.owner(of: expert)]
-      costs.gradWeights[seat] += wholeSeconds[expert]
-      for round in 0..<groups.count { costs.computes[round * workers + seat] += seconds[round * experts + expert] }
+      for round in 0..<groups.count {
+        costs.computes[round * workers + seat] += seconds.rows[round * experts + expert]
+        costs.gradWeights[seat] += seconds.weights[round * experts + expert]
+      }
     }
     for expert in volumes.shadows {
       let owner = cluster.seats[traffic.owner(of: expert)]
       costs.fetches.append(volumes.fetching(from: owner).value)
       costs.reduces.append(volumes.reducing(to: owner).value)
     }
-    costs.shadows = volumes.shadowSeconds
+    (costs.shadows, costs.shadowWeights) = (volumes.shadowSeconds, volumes.shadowWeightSeconds)
     return costs
   }
 
-  /// [rounds, E] seconds of one compute of the rows that a round brings to each expert.
-  private mutating func secondsOfRounds(_ groups: Groups) -> [Double] {
+  /// Of the rows that a round brings to each expert.
+  private mutating func secondsOfRounds(_ groups: Groups) -> (rows: [Double], weights: [Double]) {
     if let known = roundSeconds[groups.size] { return known }
     let (workers, experts) = (cluster.workers, traffic.experts)
     let each = experts / workers
@@ -79,10 +76,12 @@ package struct Simulator {
         }
       }
     }
-    var seconds = [Double](repeating: 0, count: rows.count)
+    let none = [Double](repeating: 0, count: rows.count)
+    var seconds = (rows: none, weights: none)
     for (place, count) in rows.enumerated() where count > 0 {
-      let seat = cluster.seats[traffic.owner(of: place % experts)]
-      seconds[place] = shape.seconds(rows: Int(count), at: cluster.curves[seat]).value
+      let rates = cluster.rates[cluster.seats[traffic.owner(of: place % experts)]]
+      seconds.rows[place] = shape.seconds(rows: Int(count), at: rates).value
+      seconds.weights[place] = shape.weightSeconds(rows: Int(count), at: rates).value
     }
     roundSeconds[groups.size] = seconds
     return seconds
@@ -145,8 +144,9 @@ package struct StepCosts {
   fileprivate(set) var computes: [Double]
   /// [W]
   fileprivate(set) var gradWeights: [Double]
-  /// [shadows, W] one compute of each worker's own rows.
+  /// [shadows, W] each worker's own rows, and their gradients of weights.
   fileprivate(set) var shadows: [Double] = []
+  fileprivate(set) var shadowWeights: [Double] = []
   /// [shadows]
   fileprivate(set) var fetches: [Double] = []
   fileprivate(set) var reduces: [Double] = []
@@ -252,8 +252,8 @@ package struct Timeline {
       case .fetch(let shadow): collect(index, costs.fetches[shadow])
       case .reduce(let shadow): collect(index, costs.reduces[shadow])
       case .compute(let round): compute(index, costs.computes, first: round * workers)
-      case .computeShadow(let shadow), .gradShadowWeights(let shadow):
-        compute(index, costs.shadows, first: shadow * workers)
+      case .computeShadow(let shadow): compute(index, costs.shadows, first: shadow * workers)
+      case .gradShadowWeights(let shadow): compute(index, costs.shadowWeights, first: shadow * workers)
       case .gradWeights: compute(index, costs.gradWeights, first: 0)
       }
     }

@@ -46,7 +46,7 @@ package struct Bytes: Comparable, Sendable {
 }
 
 /// Data per second; infinite where nothing limits it.
-package struct ByteRate: Comparable, Sendable {
+package struct ByteRate: Comparable, Sendable, BitwiseCopyable {
   package var value: Double
   package init(_ value: Double) { self.value = value }
   package static func < (a: ByteRate, b: ByteRate) -> Bool { a.value < b.value }

@@ -51,24 +51,22 @@ final class Calibrator {
     if let peers = peers as? WirePeers, peers.wire.isEntangled { memory.take()?.abandon() }
   }
 
-  func measure(for budget: Seconds) throws(Failure) -> Calibration {
-    guard let wire = peers as? WirePeers, peers.size > 1 else {
-      return try calibration(budget, withinHosts: nil, betweenHosts: nil, slowdown: 1)
-    }
-    let levels = [Level(of: places, by: ==), Level(of: places, by: !=)]
-    let each = budget * (0.4 / Double(levels.count { $0.isUsed }))
-    let within = levels[0].isUsed ? try link(wire, levels[0], sharing: levels[0].mostPeers, each) : nil
-    let between = levels[1].isUsed ? try link(wire, levels[1], sharing: places.busiestWayOut, each) : nil
-    return try calibration(
-      budget * 0.4, withinHosts: within, betweenHosts: between, slowdown: try slowdown(wire, budget * 0.2))
-  }
-
-  private func calibration(
-    _ budget: Seconds, withinHosts: Calibration.Link?, betweenHosts: Calibration.Link?, slowdown: Double
+  /// Measures for about `budget`; `computing` measures how fast this rank trains, while all others do the same, since each
+  /// is slower while the others work.
+  func measure(
+    for budget: Seconds, _ computing: (_ budget: Seconds) throws(Failure) -> ComputeRates
   ) throws(Failure) -> Calibration {
-    // All at once, since each is slower while the others work.
-    let rates = try peers.gathered(ComputeRates.measured(by: probe, for: budget))
-    return Calibration(rates: rates, withinHosts: withinHosts, betweenHosts: betweenHosts, slowdown: slowdown)
+    let wire = peers.size > 1 ? peers as? WirePeers : nil
+    var (within, between, slowdown): (Calibration.Link?, Calibration.Link?, Double) = (nil, nil, 1)
+    if let wire {
+      let levels = [Level(of: places, by: ==), Level(of: places, by: !=)]
+      let each = budget * (0.4 / Double(levels.count { $0.isUsed }))
+      if levels[0].isUsed { within = try link(wire, levels[0], sharing: levels[0].mostPeers, each) }
+      if levels[1].isUsed { between = try link(wire, levels[1], sharing: places.busiestWayOut, each) }
+      slowdown = try self.slowdown(wire, budget * 0.2)
+    }
+    let rates = try peers.gathered(try computing(wire == nil ? budget : budget * 0.4))
+    return Calibration(rates: rates, withinHosts: within, betweenHosts: between, slowdown: slowdown)
   }
 
   /// Pairs of ranks that exchange messages.
@@ -137,7 +135,7 @@ final class Calibrator {
     let pieces = try piecesThatFit(wire, level, budget * 0.1)
     var times = 1
     func exchangeWhileComputing() throws(Failure) -> FlopRate {
-      try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in
+      try probe.rate { () throws(Failure) in
         for _ in 0..<times { try exchange(wire, level, bytes: pieces * Wire.piece) }
       }
     }
@@ -149,13 +147,12 @@ final class Calibrator {
       let start = Seconds.now
       along.append(try exchangeWhileComputing())
       let end = Seconds.now + Seconds(Seconds.now.value - start.value)
-      alone.append(try probe.rate(rows: Calibrator.usualRows) { () throws(Failure) in Calibrator.sleep(until: end) })
+      alone.append(try probe.rate { () throws(Failure) in Calibrator.sleep(until: end) })
     }
     let all = try peers.gathered((middle(alone).value, middle(along).value))
     let (idle, busy) = all.reduce((0, 0)) { ($0.0 + $1.0, $0.1 + $1.1) }
     return busy > 0 ? max(1, idle / busy) : 1
   }
-  private static let usualRows = 48
 
   private static func sleep(until end: Seconds) {
     var time = timespec(tv_sec: Int(end.value), tv_nsec: Int((end.value - end.value.rounded(.down)) * 1e9))

@@ -27,9 +27,8 @@ package final class Group {
   package private(set) var calibration: Calibration?
   /// The file that rank 0 keeps it in; ends with a zero.
   private let profile: [CChar]?
-  /// [W] how fast each worker computes, once that was measured.
-  private let measuredRates: UnsafeMutablePointer<ComputeRates>
-  private var haveMeasuredRates = false
+  /// [W] how fast each worker trains, once that was measured; equal on all ranks.
+  package var rates: [WorkerRates]?
   private let notices: UnsafeMutablePointer<Notice>
   private let lock: UnsafeMutablePointer<pthread_mutex_t>
   /// Ranks by place, where neighbours are near each other, and each rank's seat there.
@@ -128,7 +127,6 @@ package final class Group {
     team = try Team(threads: threads) { if pins { _ = topology.bindCallingThread(toCore: first + $0) } }
     // Last, since nothing would give these back if the others failed.
     notices = .allocate(capacity: peers.size)
-    measuredRates = .allocate(capacity: peers.size)
     lock = .allocate(capacity: 1)
     lock.initialize(to: pthread_mutex_t())
     pthread_mutex_init(lock, nil)
@@ -138,7 +136,17 @@ package final class Group {
     pthread_mutex_destroy(lock)
     lock.deallocate()
     notices.deallocate()
-    measuredRates.deallocate()
+  }
+
+  /// A group of one that computes on the threads of another, while that one does nothing else.
+  package init(alone other: Group) {
+    (peers, topology, team) = (SharedPeers.seats(1, timeout: nil)[0], other.topology, other.team)
+    places = Places([other.places.all[other.rank]])
+    (leaves, seats, ranks, profile) = ([0], [0], [0], nil)
+    notices = .allocate(capacity: 1)
+    lock = .allocate(capacity: 1)
+    lock.initialize(to: pthread_mutex_t())
+    pthread_mutex_init(lock, nil)
   }
 
   package static let mostThreads = 4096
@@ -176,43 +184,15 @@ package final class Group {
     return workspaceBase(bytes)!
   }
 
-  /// [W] how fast each worker computes, measured when first asked for: by all at once, since each is slower while the
-  /// others work. All ranks call it together, in `call`.
-  package func rates(in call: Notice.Call) throws(Failure) -> UnsafePointer<ComputeRates> {
-    if !haveMeasuredRates {
-      var mine = ComputeRates(.init(repeating: FlopRate(0)))
-      let own = FasterMoE.failure { () throws(Failure) in mine = ComputeRates.measured(by: try RateProbe(team)) }
-      try agree(call, own, from: .call)
-      try peers.gather(&mine, bytes: MemoryLayout<ComputeRates>.stride, into: measuredRates, from: .call)
-      haveMeasuredRates = true
-    }
-    return UnsafePointer(measuredRates)
-  }
-
-  /// Measures how fast the group is, for about `budget`, and has rank 0 write that to the profile. All ranks call it together.
-  package func calibrate(for budget: Seconds) throws(Failure) {
-    var calibrator: Calibrator?
-    var own = FasterMoE.failure { () throws(Failure) in
-      guard budget.value > 0, budget.value.isFinite else {
-        throw Failure(.argument, "seconds must be a positive finite number, not \(budget.value)")
-      }
-      calibrator = try Calibrator(self)
-    }
-    try agree(.calibrate, own, same: [budget.value.bitPattern, 0, 0, 0, 0, 0, 0, 0])
-    let measured = try calibrator!.measure(for: budget)
-    own = FasterMoE.failure { () throws(Failure) in
-      if rank == 0, let profile {
-        try Documents.write(Profile(measured, places, threads: threads), to: profile)
-      }
-    }
-    try agree(.calibrate, own, from: .call)
-    take(measured)
-  }
-
-  private func take(_ calibration: Calibration) {
+  /// From now on the group knows how fast it is.
+  package func take(_ calibration: Calibration) {
     self.calibration = calibration
-    measuredRates.update(from: calibration.rates, count: size)
-    haveMeasuredRates = true
+    rates = calibration.rates.map { WorkerRates($0) }
+  }
+
+  /// Has rank 0 write what was measured to the profile, if the group has one.
+  package func keep(_ calibration: Calibration) throws(Failure) {
+    if rank == 0, let profile { try Documents.write(Profile(calibration, places, threads: threads), to: profile) }
   }
 
   private func workspaceBase(_ bytes: Int) -> UnsafeMutableRawPointer? {

@@ -46,10 +46,14 @@ package struct Profile: Codable, Equatable, Sendable {
     var processor: String
     var instructions: String
     var flops: [RateCurve.Sample] = []
+    var weightFlops: [RateCurve.Sample] = []
+    var rowHandling = 0.0
     enum CodingKeys: String, CodingKey {
       case host, package, cores, threads, processor, instructions
       case numaNode = "numa_node"
       case flops = "flops_per_second"
+      case weightFlops = "weight_gradient_flops_per_second"
+      case rowHandling = "row_bytes_per_second"
     }
 
     init(_ places: Places, rank: Int, threads: Int) {
@@ -76,23 +80,30 @@ package struct Profile: Codable, Equatable, Sendable {
     }
 
     func rates(_ rank: Int) throws(Failure) -> ComputeRates {
-      let rows = ComputeRates.sampledRows
-      guard flops.count == rows.count, rows.indices.allSatisfy({ flops[$0].rows == rows[$0] }) else {
-        throw Failure(.file, "worker \(rank) has flops_per_second at other rows than this version measures")
+      func rates(_ samples: [RateCurve.Sample], _ key: String) throws(Failure) -> SIMD8<Double> {
+        guard samples.map(\.rows) == ComputeRates.sampledRows else {
+          throw Failure(.file, "worker \(rank) has \(key) at other rows than this version measures")
+        }
+        guard samples.allSatisfy({ $0.rate.value > 0 && $0.rate.value.isFinite }) else {
+          throw Failure(.file, "worker \(rank): \(key) must be positive and finite")
+        }
+        return SIMD8(samples.map(\.rate.value))
       }
-      guard flops.allSatisfy({ $0.rate.value > 0 && $0.rate.value.isFinite }) else {
-        throw Failure(.file, "worker \(rank): flops_per_second must be positive and finite")
-      }
-      var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
-      for sample in rates.indices { rates[sample] = flops[sample].rate }
-      return ComputeRates(rates)
+      guard rowHandling > 0 else { throw Failure(.file, "worker \(rank): row_bytes_per_second must be positive") }
+      return ComputeRates(
+        products: try rates(flops, "flops_per_second"),
+        weightGrads: try rates(weightFlops, "weight_gradient_flops_per_second"), rowHandling: ByteRate(rowHandling))
     }
   }
 
   /// `threads` [W]
   init(_ calibration: Calibration, _ places: Places, threads: [Int]) {
     workers = Profile.workers(places, threads)
-    for (rank, rates) in calibration.rates.enumerated() { workers[rank].flops = rates.samples }
+    for (rank, rates) in calibration.rates.enumerated() {
+      workers[rank].flops = ComputeRates.samples(rates.products)
+      workers[rank].weightFlops = ComputeRates.samples(rates.weightGrads)
+      workers[rank].rowHandling = rates.rowHandling.value
+    }
     withinHosts = calibration.withinHosts.map { Link($0) }
     betweenHosts = calibration.betweenHosts.map { Link($0) }
     slowdown = calibration.slowdown
@@ -143,33 +154,43 @@ package struct Profile: Codable, Equatable, Sendable {
 extension WirePeers {
   /// Tells all ranks what rank 0 knows; the others pass nil.
   func share(_ calibration: Calibration?) throws(Failure) -> Calibration {
-    let samples = ComputeRates.sampledRows.count
-    // Rates of each rank, then links, then the slowdown; what is not there is infinite.
-    var values = [Double](repeating: .infinity, count: size * samples + 5)
+    var shared = Array(
+      repeating: ComputeRates(products: .zero, weightGrads: .zero, rowHandling: ByteRate(0)), count: size)
+    // Of what is not there, the rate is infinite.
+    var links = Links()
     if let calibration {
-      values =
-        calibration.rates.flatMap { $0.samples.map(\.rate.value) }
-        + [calibration.withinHosts, calibration.betweenHosts].flatMap {
-          [$0?.rate.value ?? .infinity, $0?.latency.value ?? .infinity]
-        } + [calibration.slowdown]
+      shared = calibration.rates
+      links = Links(within: calibration.withinHosts, between: calibration.betweenHosts, slowdown: calibration.slowdown)
     }
-    let failed = values.withUnsafeMutableBytes { bytes in
-      failure { () throws(Failure) in
-        try broadcast(
-          bytes.baseAddress!.assumingMemoryBound(to: Float.self), count: bytes.count / MemoryLayout<Float>.stride,
-          from: 0)
+    let failed = shared.withUnsafeMutableBytes { bytes in failure { () throws(Failure) in try broadcast(bytes) } }
+    if let failed { throw failed }
+    try withUnsafeMutableBytes(of: &links) { bytes throws(Failure) in try broadcast(bytes) }
+    return Calibration(
+      rates: shared, withinHosts: links.within.link, betweenHosts: links.between.link, slowdown: links.slowdown)
+  }
+
+  private func broadcast(_ bytes: UnsafeMutableRawBufferPointer) throws(Failure) {
+    try broadcast(
+      bytes.baseAddress!.assumingMemoryBound(to: Float.self), count: bytes.count / MemoryLayout<Float>.stride, from: 0)
+  }
+
+  private struct Links: BitwiseCopyable {
+    struct Link: BitwiseCopyable {
+      var latency = 0.0
+      var rate = Double.infinity
+      init(_ link: Calibration.Link? = nil) {
+        if let link { (latency, rate) = (link.latency.value, link.rate.value) }
+      }
+      var link: Calibration.Link? {
+        rate.isFinite ? Calibration.Link(latency: Seconds(latency), rate: ByteRate(rate)) : nil
       }
     }
-    if let failed { throw failed }
-    func link(_ at: Int) -> Calibration.Link? {
-      values[at].isFinite ? Calibration.Link(latency: Seconds(values[at + 1]), rate: ByteRate(values[at])) : nil
+    var within = Link()
+    var between = Link()
+    var slowdown = 1.0
+    init() {}
+    init(within: Calibration.Link?, between: Calibration.Link?, slowdown: Double) {
+      (self.within, self.between, self.slowdown) = (Link(within), Link(between), slowdown)
     }
-    let links = size * samples
-    return Calibration(
-      rates: (0..<size).map { rank in
-        var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
-        for sample in rates.indices { rates[sample] = FlopRate(values[rank * samples + sample]) }
-        return ComputeRates(rates)
-      }, withinHosts: link(links), betweenHosts: link(links + 2), slowdown: values[links + 4])
   }
 }

@@ -1,27 +1,40 @@
 import Glibc
 import Synchronization
 
-/// How fast one worker multiplies, by the rows that one weight matrix is used for.
+/// How fast one worker trains, as it was measured, by the rows that an expert has to compute.
 ///
 /// Few rows are slow: each weight that is read serves only so many multiplications.
-package struct ComputeRates: Sendable, BitwiseCopyable {
-  package static let sampledRows: InlineArray<6, Int> = [1, 4, 12, 48, 192, 576]
-  package var rates: InlineArray<6, FlopRate>
+package struct ComputeRates: Sendable, BitwiseCopyable, Equatable {
+  package static let sampledRows = [1, 4, 12, 24, 48, 96, 192, 576]
+  /// Flops per second at each of `sampledRows` in products with rows, forward and back, and in the gradients of weights.
+  package var products: SIMD8<Double>
+  package var weightGrads: SIMD8<Double>
+  /// At which rows are gathered and summed up besides.
+  package var rowHandling: ByteRate
 
-  package init(_ rates: InlineArray<6, FlopRate>) { self.rates = rates }
+  package init(products: SIMD8<Double>, weightGrads: SIMD8<Double>, rowHandling: ByteRate) {
+    (self.products, self.weightGrads, self.rowHandling) = (products, weightGrads, rowHandling)
+  }
 
-  /// The rate at `rows`, between the samples by the logarithm of the rows, outside them the nearest.
-  package func rate(rows: Int) -> FlopRate {
-    let samples = ComputeRates.sampledRows
-    return interpolate(rows, samples: samples.count, rowsAt: { samples[$0] }, logAt: { log(Double(samples[$0])) }) {
-      rates[$0]
-    }
+  static func samples(_ rates: SIMD8<Double>) -> [RateCurve.Sample] {
+    sampledRows.enumerated().map { RateCurve.Sample(rows: $1, rate: FlopRate(rates[$0])) }
   }
 }
 
-extension ComputeRates {
-  package var samples: [RateCurve.Sample] {
-    rates.indices.map { RateCurve.Sample(rows: ComputeRates.sampledRows[$0], rate: rates[$0]) }
+/// How fast one worker trains, for predictions.
+package struct WorkerRates: Equatable, Sendable {
+  package let products: RateCurve
+  package let weightGrads: RateCurve
+  package let rowHandling: ByteRate
+
+  package init(products: RateCurve, weightGrads: RateCurve, rowHandling: ByteRate) {
+    (self.products, self.weightGrads, self.rowHandling) = (products, weightGrads, rowHandling)
+  }
+
+  package init(_ measured: ComputeRates) {
+    self.init(
+      products: RateCurve(ComputeRates.samples(measured.products)),
+      weightGrads: RateCurve(ComputeRates.samples(measured.weightGrads)), rowHandling: measured.rowHandling)
   }
 }
 
@@ -62,50 +75,27 @@ package struct RateCurve: Equatable, Sendable {
     peak = samples.reduce(FlopRate(0)) { max($0, $1.rate) }
   }
 
+  /// The rate at `rows`, between two samples by the logarithm of the rows, outside them the nearest.
   package func rate(rows: Int) -> FlopRate {
-    interpolate(rows, samples: samples.count, rowsAt: { samples[$0].rows }, logAt: { logs[$0] }) { samples[$0].rate }
-  }
-}
-
-/// Between two samples by the logarithm of the rows, outside all of them the nearest.
-@inline(__always)
-private func interpolate(
-  _ rows: Int, samples count: Int, rowsAt: (Int) -> Int, logAt: (Int) -> Double, rateAt: (Int) -> FlopRate
-) -> FlopRate {
-  if rows <= rowsAt(0) { return rateAt(0) }
-  for above in 1..<count where rows <= rowsAt(above) {
-    let low = logAt(above - 1)
-    let share = (log(Double(rows)) - low) / (logAt(above) - low)
-    return FlopRate(rateAt(above - 1).value * (1 - share) + rateAt(above).value * share)
-  }
-  return rateAt(count - 1)
-}
-
-extension ComputeRates {
-  /// Times products on all threads of the probe's team together, for about `budget`, but some 20 milliseconds at least.
-  static func measured(by probe: RateProbe, for budget: Seconds = Seconds(0)) -> ComputeRates {
-    var rates = InlineArray<6, FlopRate>(repeating: FlopRate(0))
-    for sample in rates.indices {
-      let end = Seconds.now + budget * (1 / Double(rates.count))
-      var laps: [FlopRate] = []
-      while laps.count < 3 || Seconds.now < end { laps.append(probe.rate(rows: sampledRows[sample])) }
-      rates[sample] = middle(laps)
+    if rows <= samples[0].rows { return samples[0].rate }
+    for above in 1..<samples.count where rows <= samples[above].rows {
+      let share = (log(Double(rows)) - logs[above - 1]) / (logs[above] - logs[above - 1])
+      return FlopRate(samples[above - 1].rate.value * (1 - share) + samples[above].rate.value * share)
     }
-    return ComputeRates(rates)
+    return samples[samples.count - 1].rate
   }
 }
 
 /// The value in the middle, which no single disturbance moves far; of at least one.
 func middle<T: Comparable>(_ values: [T]) -> T { values.sorted()[values.count / 2] }
 
-/// Multiplies rows by weight matrices that are too many for the caches, as a step of training finds them.
+/// Multiplies rows by weight matrices that are too many for the caches, for as long as something else goes on.
 final class RateProbe: TeamWork {
   private static let size = 512
   private static let matrices = 16
+  private static let rows = 4 * Panels.height
   private let team: Team
   private let memory: Region
-  private var rows = 1
-  private var tasks = 0
   private let isOver = Atomic<Bool>(false)
   private let tasksDone = Atomic<Int>(0)
 
@@ -118,50 +108,34 @@ final class RateProbe: TeamWork {
     memory.base.assumingMemoryBound(to: Float.self).update(repeating: 1, count: floats)
   }
 
-  /// The rate at `rows`, for a moment that is long enough to outlast its start.
-  func rate(rows: Int) -> FlopRate {
-    begin(rows, tasks: team.threads * max(1, 96 / rows))
-    return end(since: .now)
-  }
-
-  /// The rate at `rows` while the calling thread does something else.
-  func rate(rows: Int, during body: () throws(Failure) -> Void) throws(Failure) -> FlopRate {
-    begin(rows, tasks: .max)
-    let start = Seconds.now
-    let failed = failure(of: body)
-    isOver.store(true, ordering: .relaxed)
-    let rate = end(since: start)
-    if let failed { throw failed }
-    return rate
-  }
-
-  private func begin(_ rows: Int, tasks: Int) {
-    (self.rows, self.tasks) = (rows, tasks)
+  /// The rate while the calling thread does something else.
+  func rate(during body: () throws(Failure) -> Void) throws(Failure) -> FlopRate {
     isOver.store(false, ordering: .relaxed)
     tasksDone.store(0, ordering: .relaxed)
     team.begin(self)
-  }
-
-  private func end(since start: Seconds) -> FlopRate {
+    let start = Seconds.now
+    let failed = failure(of: body)
+    isOver.store(true, ordering: .relaxed)
     team.finish()
-    let flops = 2 * Double(rows) * Double(RateProbe.size * RateProbe.size)
+    if let failed { throw failed }
+    let flops = 2 * Double(RateProbe.rows * RateProbe.size * RateProbe.size)
     return Flops(Double(tasksDone.load(ordering: .relaxed)) * flops) / Seconds(Seconds.now.value - start.value)
   }
 
-  private static var deskFloats: Int { ComputeRates.sampledRows[5] * size + size * Strip.width + Tiles.floats }
+  private static var deskFloats: Int { RateProbe.rows * size + size * Strip.width + Tiles.floats }
 
   override func work(thread: Int) {
     let size = RateProbe.size
     let weights = memory.base.assumingMemoryBound(to: Float.self)
     let desk = weights + RateProbe.matrices * size * size + thread * RateProbe.deskFloats
     let panels = Panels(desk, width: size)
-    let strip = desk + ComputeRates.sampledRows[5] * size
+    let strip = desk + RateProbe.rows * size
     let tile = strip + size * Strip.width
-    while !isOver.load(ordering: .relaxed), case let task = team.take(), task < tasks {
+    while !isOver.load(ordering: .relaxed), case let task = team.take() {
       let matrix = weights + task % RateProbe.matrices * size * size
       for column in stride(from: 0, to: size, by: Strip.width) {
         Strip.rows(of: matrix, depth: size, from: column, limit: size, into: strip)
-        Panels.forEach(rows: rows) { first, high in
+        Panels.forEach(rows: RateProbe.rows) { first, high in
           Tiles.product(panel: panels.panel(first), high: high, strip: strip, depth: size, into: tile)
         }
       }
