@@ -294,11 +294,6 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
           if isBackward {
             #expect(precedes(.computeShadow(shadow), .gradShadowWeights(shadow)))
             #expect(precedes(.gradShadowWeights(shadow), .reduce(shadow: shadow)))
-            if refetches && plan.overlaps && shadow >= 2 {
-              #expect(precedes(.gradShadowWeights(shadow - 2), .fetch(shadow: shadow)))
-            }
-          } else if refetches && plan.overlaps && shadow >= 2 {
-            #expect(precedes(.computeShadow(shadow - 2), .fetch(shadow: shadow)))
           }
         }
       }
@@ -355,44 +350,102 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     var simulator = Simulator(batch.traffic, shape, on: cluster)
     let costs = simulator.costs(plan.groups, volumes, volumes.moving)
     for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
-      // Every step at its end, whoever keeps only what is needed gets there at the same time.
-      let timeline = Timeline(steps, costs, slowdown: cluster.slowdown, keeping: .everything)
-      #expect(timeline.ends.reduce(0, max) == timeline.end.value)
-      #expect(beginsOnTime(timeline, steps, costs))
-      #expect(least(steps, cluster.slowdown) >= timeline.end)
+      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
+      #expect(least(steps, plan.overlaps, cluster.slowdown) >= timeline.end)
+      let unhindered = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: 1, keeping: .needed)
+      let expected = play(steps, costs, plan.overlaps)
+      #expect(abs(unhindered.end.value - expected) <= rounding * expected, "\(unhindered.end.value), not \(expected)")
+      #expect(timeline.end.value >= expected * (1 - rounding))
     }
     return
-      (costs.forward(plan.forward, slowdown: cluster.slowdown)
-      + costs.backward(plan.backward, slowdown: cluster.slowdown)).value
+      (costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
+      + costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown)).value
   }
 
-  /// Whether every step begins when this worker and all that it exchanges with have reached it, not sooner nor later.
-  private static func beginsOnTime(_ timeline: Timeline, _ steps: [Step], _ costs: StepCosts) -> Bool {
-    let (groups, workers) = (costs.groups, timeline.workers)
-    func ready(_ step: Int, _ seat: Int) -> Double {
-      let lane = steps[step].action.communicates
-      let before = steps[..<step].lastIndex { $0.action.communicates == lane } ?? -1
-      return [before, steps[step].after].reduce(0) { $1 < 0 ? $0 : max($0, timeline.ends[$1 * workers + seat]) }
-    }
-    for (index, step) in steps.enumerated() {
-      for seat in 0..<workers {
-        let group = groups.group(of: seat)
-        var partners = [seat]
-        switch step.action {
-        case .send(let round), .giveBack(let round):
-          let (target, source) = (groups.target(of: group, round: round), groups.source(of: group, round: round))
-          if costs.isSent[round * groups.count + group] { partners += groups.seats(of: target) }
-          if costs.isSent[round * groups.count + source] { partners += groups.seats(of: source) }
-        case .fetch, .reduce: partners += 0..<workers
-        default: break
+  /// When all is over: message by message, from one range of seats to another, whose lanes are a dictionary.
+  private static func play(_ steps: [Step], _ costs: StepCosts, _ overlaps: Bool) -> Double {
+    enum Lane: Hashable { case sends(Int), receives(Int), computes(Int) }
+    var lanes: [Lane: Double] = [:]
+    // By step and seat: what others of the step's worker wait for.
+    var spans: [[Int: (start: Double, end: Double)]] = []
+    let (groups, all) = (costs.groups, 0..<costs.groups.workers)
+    for step in steps {
+      var span: [Int: (start: Double, end: Double)] = [:]
+      func cause(_ seat: Int) -> (start: Double, end: Double) {
+        step.after < 0 ? (0, 0) : spans[step.after][seat] ?? (0, 0)
+      }
+      var moves: [(from: [Int], to: [Int], start: Double, end: Double)] = []
+      /// `ready`: when who sends may, and when what is sent last is there; `tail`: what then still takes.
+      func move(_ from: [Int], _ to: [Int], _ seconds: Double, _ ready: (Int) -> Double, last: Double = 0) {
+        let free = from.map { max(lanes[.sends($0)] ?? 0, ready($0)) } + to.map { lanes[.receives($0)] ?? 0 }
+        let start = free.max() ?? 0
+        moves.append((from, to, start, max(start + seconds, last)))
+      }
+      switch step.action {
+      case .send(let round):
+        for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
+          move(
+            Array(groups.seats(of: group)), Array(groups.seats(of: groups.target(of: group, round: round))),
+            costs.sends[round * groups.count + group]
+          ) { cause($0).end }
         }
-        let start = partners.reduce(0) { max($0, ready(index, $1)) }
-        if timeline.starts[index * workers + seat] != start || timeline.ends[index * workers + seat] < start {
-          return false
+      case .giveBack(let round):
+        for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
+          let from = Array(groups.seats(of: groups.target(of: group, round: round)))
+          let blocks = from.map { costs.blocks[round * all.count + $0] }
+          let seconds = costs.returns[round * groups.count + group]
+          move(
+            from, Array(groups.seats(of: group)), seconds,
+            {
+              let made = cause($0)
+              return overlaps && step.after >= 0
+                ? made.start + (made.end - made.start) / costs.blocks[round * all.count + $0] : made.end
+            }, last: from.map { cause($0).end }.max()! + (blocks.min()! > 0 ? seconds / blocks.min()! : 0))
+        }
+      case .fetch(let shadow), .reduce(let shadow):
+        let owner = costs.owners[shadow]
+        var (first, seconds) = (owner, 0.0)
+        if case .fetch = step.action {
+          seconds = costs.fetches[shadow]
+        } else {
+          (first, seconds) = ((owner + 1) % all.count, costs.reduces[shadow])
+        }
+        let last = (first + all.count - 1) % all.count
+        move(all.filter { $0 != last }, all.filter { $0 != first }, seconds) { cause($0).end }
+      case .compute, .computeShadow, .gradWeights, .gradShadowWeights:
+        for seat in all {
+          var (work, blocks) = (0.0, 1.0)
+          switch step.action {
+          case .compute(let round):
+            (work, blocks) = (costs.computes[round * all.count + seat], costs.blocks[round * all.count + seat])
+          case .computeShadow(let shadow): work = costs.shadows[shadow * all.count + seat]
+          case .gradShadowWeights(let shadow): work = costs.shadowWeights[shadow * all.count + seat]
+          default: work = costs.gradWeights[seat]
+          }
+          let (given, free) = (cause(seat), lanes[.computes(seat)] ?? 0)
+          if case .compute = step.action, overlaps, step.after >= 0 {
+            let start = max(free, given.start + (given.end - given.start) / blocks)
+            span[seat] = (start, max(start + work, given.end + work / blocks))
+          } else {
+            span[seat] = (max(free, given.end), max(free, given.end) + work)
+          }
+          lanes[.computes(seat)] = span[seat]!.end
         }
       }
+      for move in moves {
+        for seat in move.from { lanes[.sends(seat)] = move.end }
+        for seat in move.to { lanes[.receives(seat)] = move.end }
+        var isSend = true
+        if case .giveBack = step.action { isSend = false }
+        if case .reduce = step.action { isSend = false }
+        for seat in isSend && overlaps ? move.to : move.to + move.from {
+          let before = span[seat] ?? (move.start, move.end)
+          span[seat] = (min(before.start, move.start), max(before.end, move.end))
+        }
+      }
+      spans.append(span)
     }
-    return true
+    return lanes.values.max() ?? 0
   }
 
   /// Rounding of sums of some hundred terms.
@@ -406,8 +459,11 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       let expected = volumes.roofline.semiIdeal.value
       let atOnce = Volumes(batch.traffic, shape, on: cluster, shadows: shadows).roofline.semiIdeal.value
       #expect(abs(atOnce - expected) <= Self.rounding * expected, "one by one or all at once")
+      // Copies of two owners may move at once, in opposite directions or over different links.
       let got = Self.seconds(.coarse(workers: cluster.workers, shadows: shadows), batch, shape, cluster)
-      #expect(abs(got - expected) <= Self.rounding * expected, "\(got), not \(expected)")
+      #expect(got <= expected * (1 + Self.rounding), "\(got), not \(expected)")
+      let owners = Set(shadows.map { batch.traffic.owner(of: $0) })
+      if owners.count < 2 { #expect(got >= expected * (1 - Self.rounding), "\(got), not \(expected)") }
     }
   }
 

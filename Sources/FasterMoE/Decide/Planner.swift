@@ -48,7 +48,7 @@ package struct Planner {
     report.groupSize = chosen.plan.groups.size
     report.steps = chosen.plan.steps
     report.plain = plain.seconds
-    report.planned = chosen.seconds
+    report.planned = max(chosen.seconds, roofline.ideal)  // but for rounding
     report.ideal = roofline.ideal
     report.semiIdeal = roofline.semiIdeal
     report.computeOverCommunicate = roofline.computeOverCommunicate
@@ -83,7 +83,7 @@ package struct Planner {
     for expert in Shadowing.byExcess(traffic, on: cluster) {
       volumes.shadow(expert)
       // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
-      guard volumes.copying < affordable else { break }
+      guard volumes.leastCopying < affordable else { break }
       affordable = min(affordable, volumes.serial)
       if found.count == room {
         guard volumes.least < found[room - 1].least else { continue }
@@ -146,10 +146,12 @@ package struct Planner {
   private func pairwise(_ costs: StepCosts, _ volumes: Volumes, _ orders: [Order]) -> Choice {
     let shadows = volumes.shadows.count
     let forward = Planner.least(orders) {
-      costs.forward(Steps.forward(costs.groups, shadows: shadows, $0).list, slowdown: cluster.slowdown)
+      costs.forward(
+        Steps.forward(costs.groups, shadows: shadows, $0).list, overlaps: true, slowdown: cluster.slowdown)
     }
     let backward = Planner.least(orders) {
-      costs.backward(Steps.backward(costs.groups, shadows: shadows, $0).list, slowdown: cluster.slowdown)
+      costs.backward(
+        Steps.backward(costs.groups, shadows: shadows, $0).list, overlaps: true, slowdown: cluster.slowdown)
     }
     return Choice(
       plan: .pairwise(costs.groups, shadows: volumes.shadows, forward: forward.order, backward: backward.order),
@@ -201,6 +203,7 @@ package struct Planner {
   private static let manyWorkers = 64
 
   private func seconds(_ plan: Plan, _ costs: StepCosts) -> Seconds {
-    costs.forward(plan.forward, slowdown: cluster.slowdown) + costs.backward(plan.backward, slowdown: cluster.slowdown)
+    costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
+      + costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
   }
 }

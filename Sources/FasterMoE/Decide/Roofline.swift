@@ -51,6 +51,14 @@ package struct Volumes {
   private(set) package var shadowWeightSeconds: [Double] = []
   /// What all copies take one after the other, as every schedule moves them.
   package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
+  /// What they take on the hop of the ring that carries most.
+  package var leastCopying: Seconds {
+    var most = 0.0
+    for (hop, cost) in cluster.ring.costs.enumerated() {
+      most = max(most, Double(fetches(over: hop) * (fetchesAgain ? 2 : 1) + reduces(over: hop)) * cost.slowness)
+    }
+    return Seconds(most * shape.expertBytes.value)
+  }
   private var fetching = Seconds(0)
   private var reducing = Seconds(0)
   /// Whether backward fetches the shadows again (ZeRO stage 3).
@@ -93,10 +101,10 @@ package struct Volumes {
     let owner = cluster.seats[traffic.owner(of: expert)]
     busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.rates[owner]).value
     busyWithWeights[owner] -= shape.weightSeconds(rows: rows[expert], at: cluster.rates[owner]).value
-    for seat in 0..<cluster.workers {
+    for (seat, rates) in cluster.rates.enumerated() {
       let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
-      let seconds = shape.seconds(rows: rows, at: cluster.rates[seat]).value
-      let weightSeconds = shape.weightSeconds(rows: rows, at: cluster.rates[seat]).value
+      let seconds = shape.seconds(rows: rows, at: rates).value
+      let weightSeconds = shape.weightSeconds(rows: rows, at: rates).value
       shadowSeconds.append(seconds)
       shadowWeightSeconds.append(weightSeconds)
       busy[seat] += seconds

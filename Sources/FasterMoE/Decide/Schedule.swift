@@ -89,9 +89,8 @@ package struct Step: Equatable, Sendable {
 /// **Rows.** Those of shadowed experts never move. All others move in the round of their two workers' groups. Rows
 /// between workers of one group move in round 0, a worker's own rows stay and are part of its compute(round: 0).
 ///
-/// **Shadows.** If backward has no fetch, a copy is kept from its fetch until backward's gradShadowWeights; if it has (ZeRO
-/// stage 3), it may go after computeShadow and again after gradShadowWeights, and at most two are held at a time. The
-/// owner uses its own parameters, and adds what `reduce` brings to its gradients in the order of `shadows`.
+/// **Shadows.** Where backward fetches again (ZeRO stage 3), it does not use what forward has fetched. The owner uses its
+/// own parameters, and adds what `reduce` brings to its gradients in the order of `shadows`.
 package struct Plan: Equatable, Sendable {
   package let groups: Groups
   /// Shadowed experts in the order in which they are fetched.
@@ -174,23 +173,15 @@ extension Plan {
       backward: Steps.backward(groups, shadows: shadows.count, backward).list, overlaps: true)
   }
 
-  /// ZeRO stage 3: every expert is shadowed, the next one fetched while one computes; nothing is kept for backward.
+  /// ZeRO stage 3: every expert is shadowed, the next ones fetched while one computes, and fetched again for backward.
   package static func everyExpert(workers: Int, experts: Int) -> Plan {
     let all = 0..<experts
     var (forward, backward) = (Steps(), Steps())
-    forward.merge(all.map { .fetch(shadow: $0) }, all.map { .computeShadow($0) }) {
-      // Two copies at a time: the one that computes and the next.
-      if case .fetch(let shadow) = $0, shadow >= 2 { return .computeShadow(shadow - 2) }
-      return Steps.cause(of: $0)
-    }
+    forward.merge(all.map { .fetch(shadow: $0) }, all.map { .computeShadow($0) }, Steps.cause)
     backward.merge(
       all.flatMap { $0 == 0 ? [.fetch(shadow: 0)] : [.fetch(shadow: $0), .reduce(shadow: $0 - 1)] }
         + [.reduce(shadow: experts - 1)],
-      all.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }
-    ) {
-      if case .fetch(let shadow) = $0, shadow >= 2 { return .gradShadowWeights(shadow - 2) }
-      return Steps.cause(of: $0)
-    }
+      all.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }, Steps.cause)
     return Plan(
       groups: Groups(workers: workers, size: workers), shadows: Array(all), forward: forward.list,
       backward: backward.list, overlaps: true)

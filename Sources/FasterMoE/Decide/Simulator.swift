@@ -1,15 +1,19 @@
 /// Plays plans in virtual time: on what the Executor will do, but on a Cluster instead of a machine.
 ///
-/// The model of one step. *Communication* begins when the worker and all that it exchanges with have reached the step,
-/// and takes the time of the slowest link on the way between the two groups, each link shared by all that moves in this
-/// step, plus the latency of the way. *Computing* takes each expert's flops at the rate for its rows. No trip is faster
-/// than its busiest link, however the steps fall.
+/// The model of one step. A worker sends and receives at once, each in the order of steps. *Communication* begins when those
+/// who send and those who receive have reached the step, and takes the time of the slowest link on the way between the two
+/// groups, each link shared by all that moves in this step, plus the latency of the way. *Computing* takes each expert's
+/// flops at the rate for its rows, and the handling of rows. Where a plan overlaps, rows come, are computed and go back
+/// block by block. No trip is faster than its busiest link, however the steps fall.
 package struct Simulator {
   private let cluster: Cluster
   private let shape: Shape
   private let traffic: Traffic
   /// By group size: [rounds, E] seconds for a round's rows at the owner, forward or back, and for the weights' gradients.
-  private var roundSeconds: [Int: (rows: [Double], weights: [Double])] = [:]
+  private var roundSeconds: [Int: RoundSeconds] = [:]
+  private struct RoundSeconds {
+    var rows, weights, blocks: [Double]
+  }
 
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
@@ -43,10 +47,13 @@ package struct Simulator {
       for round in 0..<groups.count {
         costs.computes[round * workers + seat] += seconds.rows[round * experts + expert]
         costs.gradWeights[seat] += seconds.weights[round * experts + expert]
+        costs.blocks[round * workers + seat] += seconds.blocks[round * experts + expert]
       }
     }
+    for place in costs.blocks.indices { costs.blocks[place] = max(1, costs.blocks[place]) }
     for expert in volumes.shadows {
       let owner = cluster.seats[traffic.owner(of: expert)]
+      costs.owners.append(owner)
       costs.fetches.append(volumes.fetching(from: owner).value)
       costs.reduces.append(volumes.reducing(to: owner).value)
     }
@@ -55,7 +62,7 @@ package struct Simulator {
   }
 
   /// Of the rows that a round brings to each expert.
-  private mutating func secondsOfRounds(_ groups: Groups) -> (rows: [Double], weights: [Double]) {
+  private mutating func secondsOfRounds(_ groups: Groups) -> RoundSeconds {
     if let known = roundSeconds[groups.size] { return known }
     let (workers, experts) = (cluster.workers, traffic.experts)
     let each = experts / workers
@@ -65,23 +72,24 @@ package struct Simulator {
     let runs = zip(starts, starts.dropFirst() + [workers]).map {
       (first: $0 * each, count: ($1 - $0) * each, owner: $0)
     }
-    var rows = [UInt32](repeating: 0, count: groups.count * experts)
+    var rows = [Int](repeating: 0, count: groups.count * experts)
     rows.withUnsafeMutableBufferPointer { rows in
       for source in 0..<workers {
         for run in runs {
           let round = groups.round(from: groupOf[source], to: groupOf[run.owner])
           let sums = rows.baseAddress! + round * experts + run.first
           let counts = traffic.counts + source * experts + run.first
-          for expert in 0..<run.count { sums[expert] &+= counts[expert] }
+          for expert in 0..<run.count { sums[expert] &+= Int(counts[expert]) }
         }
       }
     }
     let none = [Double](repeating: 0, count: rows.count)
-    var seconds = (rows: none, weights: none)
+    var seconds = RoundSeconds(rows: none, weights: none, blocks: none)
     for (place, count) in rows.enumerated() where count > 0 {
       let rates = cluster.rates[cluster.seats[traffic.owner(of: place % experts)]]
-      seconds.rows[place] = shape.seconds(rows: Int(count), at: rates).value
-      seconds.weights[place] = shape.weightSeconds(rows: Int(count), at: rates).value
+      seconds.rows[place] = shape.seconds(rows: count, at: rates).value
+      seconds.weights[place] = shape.weightSeconds(rows: count, at: rates).value
+      seconds.blocks[place] = Double((count + Block.mostRows - 1) / Block.mostRows)
     }
     roundSeconds[groups.size] = seconds
     return seconds
@@ -140,14 +148,16 @@ package struct StepCosts {
   fileprivate(set) var isSent: [Bool]
   fileprivate(set) var sends: [Double]
   fileprivate(set) var returns: [Double]
-  /// [rounds, W] by seat
+  /// [rounds, W] by seat, and in how many blocks, 1 at least.
   fileprivate(set) var computes: [Double]
+  fileprivate(set) var blocks: [Double]
   /// [W]
   fileprivate(set) var gradWeights: [Double]
   /// [shadows, W] each worker's own rows, and their gradients of weights.
   fileprivate(set) var shadows: [Double] = []
   fileprivate(set) var shadowWeights: [Double] = []
-  /// [shadows]
+  /// [shadows] by seat
+  fileprivate(set) var owners: [Int] = []
   fileprivate(set) var fetches: [Double] = []
   fileprivate(set) var reduces: [Double] = []
   fileprivate let leastForward: Seconds
@@ -159,15 +169,16 @@ package struct StepCosts {
     sends = Array(repeating: 0, count: isSent.count)
     returns = sends
     computes = Array(repeating: 0, count: groups.count * groups.workers)
+    blocks = computes
     gradWeights = Array(repeating: 0, count: groups.workers)
     (self.leastForward, self.leastBackward) = (leastForward, leastBackward)
   }
 
-  package func forward(_ steps: [Step], slowdown: Double) -> Seconds {
-    max(leastForward, Timeline(steps, self, slowdown: slowdown, keeping: .needed).end)
+  package func forward(_ steps: [Step], overlaps: Bool, slowdown: Double) -> Seconds {
+    max(leastForward, Timeline(steps, self, overlaps: overlaps, slowdown: slowdown, keeping: .needed).end)
   }
-  package func backward(_ steps: [Step], slowdown: Double) -> Seconds {
-    max(leastBackward, Timeline(steps, self, slowdown: slowdown, keeping: .needed).end)
+  package func backward(_ steps: [Step], overlaps: Bool, slowdown: Double) -> Seconds {
+    max(leastBackward, Timeline(steps, self, overlaps: overlaps, slowdown: slowdown, keeping: .needed).end)
   }
 }
 
@@ -182,7 +193,7 @@ package struct Timeline {
   package private(set) var end = Seconds(0)
 
   /// O(steps·W).
-  package init(_ steps: [Step], _ costs: StepCosts, slowdown: Double, keeping: Keeping) {
+  package init(_ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double, keeping: Keeping) {
     workers = costs.groups.workers
     // What slows computing down is looked up later.
     let rows = slowdown > 1 || keeping == .everything ? Array(steps.indices) : Timeline.rowsNeeded(steps)
@@ -191,9 +202,9 @@ package struct Timeline {
     var last = 0.0
     starts.withUnsafeMutableBufferPointer { starts in
       ends.withUnsafeMutableBufferPointer { ends in
-        var player = Player(steps, costs, slowdown: slowdown, rows, starts, ends)
+        var player = Player(steps, costs, overlaps: overlaps, slowdown: slowdown, rows, starts, ends)
         for index in steps.indices { player.play(index) }
-        last = max(player.talking.reduce(0, max), player.computing.reduce(0, max))
+        last = max(player.sending.reduce(0, max), player.receiving.reduce(0, max), player.computing.reduce(0, max))
       }
     }
     end = Seconds(last)
@@ -221,93 +232,161 @@ package struct Timeline {
   private struct Player {
     let steps: [Step]
     let costs: StepCosts
+    let overlaps: Bool
     let slowdown: Double
     let rows: [Int]
     let starts, ends: UnsafeMutableBufferPointer<Double>
-    /// [W] when each lane has done its steps so far.
-    var talking, computing: [Double]
-    /// [groups] when all workers of each have reached the step.
-    var groupReady: [Double]
+    /// [W] when each worker has sent, received and computed all of its steps so far. It sends and receives at once.
+    var sending, receiving, computing: [Double]
+    /// [groups] when all workers of each may send, have all to send and may receive, and what then happens.
+    var mayStart, mayEnd, mayReceive: [Double]
+    var sends, receives: [(start: Double, end: Double)]
     /// The communication steps so far; [W] the first of them that may not have ended when the next compute begins.
     var talks: [Int] = []
     var firstTalk: [Int]
 
     init(
-      _ steps: [Step], _ costs: StepCosts, slowdown: Double, _ rows: [Int],
+      _ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double, _ rows: [Int],
       _ starts: UnsafeMutableBufferPointer<Double>, _ ends: UnsafeMutableBufferPointer<Double>
     ) {
-      (self.steps, self.costs, self.slowdown, self.rows) = (steps, costs, slowdown, rows)
+      (self.steps, self.costs, self.overlaps, self.slowdown, self.rows) = (steps, costs, overlaps, slowdown, rows)
       (self.starts, self.ends) = (starts, ends)
-      talking = Array(repeating: 0, count: costs.groups.workers)
-      computing = talking
-      groupReady = Array(repeating: 0, count: costs.groups.count)
+      sending = Array(repeating: 0, count: costs.groups.workers)
+      receiving = sending
+      computing = sending
+      mayStart = Array(repeating: 0, count: costs.groups.count)
+      mayEnd = mayStart
+      mayReceive = mayStart
+      sends = Array(repeating: (0, 0), count: costs.groups.count)
+      receives = sends
       firstTalk = Array(repeating: 0, count: costs.groups.workers)
     }
 
     mutating func play(_ index: Int) {
       let workers = costs.groups.workers
       switch steps[index].action {
-      case .send(let round): exchange(index, round, costs.sends)
-      case .giveBack(let round): exchange(index, round, costs.returns)
-      case .fetch(let shadow): collect(index, costs.fetches[shadow])
-      case .reduce(let shadow): collect(index, costs.reduces[shadow])
-      case .compute(let round): compute(index, costs.computes, first: round * workers)
-      case .computeShadow(let shadow): compute(index, costs.shadows, first: shadow * workers)
-      case .gradShadowWeights(let shadow): compute(index, costs.shadowWeights, first: shadow * workers)
-      case .gradWeights: compute(index, costs.gradWeights, first: 0)
+      case .send(let round): send(index, round)
+      case .giveBack(let round): giveBack(index, round)
+      case .fetch(let shadow): collect(index, costs.fetches[shadow], notInto: costs.owners[shadow])
+      case .reduce(let shadow):
+        let owner = costs.owners[shadow]
+        collect(index, costs.reduces[shadow], notInto: owner + 1 == workers ? 0 : owner + 1)
+      case .compute(let round): compute(index, costs.computes, costs.blocks, first: round * workers)
+      case .computeShadow(let shadow): compute(index, costs.shadows, nil, first: shadow * workers)
+      case .gradShadowWeights(let shadow): compute(index, costs.shadowWeights, nil, first: shadow * workers)
+      case .gradWeights: compute(index, costs.gradWeights, nil, first: 0)
       }
     }
 
-    /// When a worker has reached a step.
-    @inline(__always)
-    private func ready(_ lane: [Double], _ index: Int, _ seat: Int) -> Double {
-      let after = steps[index].after
-      return after < 0 ? lane[seat] : max(lane[seat], ends[rows[after] * lane.count + seat])
-    }
+    /// A worker that nothing reaches in a step waits for nothing.
+    private static let never = (start: -Double.infinity, end: -Double.infinity)
 
-    /// Every group with the one it sends to and the one it receives from, where anything moves.
-    private mutating func exchange(_ index: Int, _ round: Int, _ seconds: [Double]) {
+    /// Every group to its target, where anything moves.
+    private mutating func send(_ index: Int, _ round: Int) {
       let groups = costs.groups
       for group in 0..<groups.count {
-        var latest = 0.0
+        (mayStart[group], mayReceive[group]) = (0, 0)
         for seat in groups.seats(of: group) {
-          talking[seat] = ready(talking, index, seat)
-          latest = max(latest, talking[seat])
+          mayStart[group] = max(mayStart[group], sending[seat], done(index, seat))
+          mayReceive[group] = max(mayReceive[group], receiving[seat])
         }
-        groupReady[group] = latest
+        (sends[group], receives[group]) = (Player.never, Player.never)
       }
+      for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
+        let target = groups.target(of: group, round: round)
+        let start = max(mayStart[group], mayReceive[target])
+        sends[group] = (start, start + costs.sends[round * groups.count + group])
+        receives[target] = sends[group]
+      }
+      finish(index)
+    }
+
+    /// Every target to its group: as soon as the first results are there, not before the last.
+    private mutating func giveBack(_ index: Int, _ round: Int) {
+      let groups = costs.groups
+      let after = steps[index].after
       for group in 0..<groups.count {
-        let (target, source) = (groups.target(of: group, round: round), groups.source(of: group, round: round))
-        let (out, into) = (round * groups.count + group, round * groups.count + source)
-        var (others, takes) = (0.0, 0.0)
-        if costs.isSent[out] { (others, takes) = (groupReady[target], seconds[out]) }
-        if costs.isSent[into] { (others, takes) = (max(others, groupReady[source]), max(takes, seconds[into])) }
+        (mayStart[group], mayEnd[group], mayReceive[group]) = (0, 0, 0)
         for seat in groups.seats(of: group) {
-          let start = max(talking[seat], others)
-          finish(index, seat, start, start + takes)
-          talking[seat] = start + takes
+          let end = done(index, seat)
+          var first = end
+          if overlaps, after >= 0 {
+            let start = starts[rows[after] * computing.count + seat]
+            first = start + (end - start) / costs.blocks[round * computing.count + seat]
+          }
+          mayStart[group] = max(mayStart[group], sending[seat], first)
+          mayEnd[group] = max(mayEnd[group], end)
+          mayReceive[group] = max(mayReceive[group], receiving[seat])
+        }
+        (sends[group], receives[group]) = (Player.never, Player.never)
+      }
+      for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
+        let (target, seconds) = (groups.target(of: group, round: round), costs.returns[round * groups.count + group])
+        let start = max(mayStart[target], mayReceive[group])
+        var blocks = Double.infinity
+        for seat in groups.seats(of: target) { blocks = min(blocks, costs.blocks[round * computing.count + seat]) }
+        receives[group] = (start, max(start + seconds, mayEnd[target] + seconds / blocks))
+        sends[target] = receives[group]
+      }
+      finish(index)
+    }
+
+    /// Moves all lanes to where `sends` and `receives` end.
+    private mutating func finish(_ index: Int) {
+      let groups = costs.groups
+      var isSend = false
+      if case .send = steps[index].action { isSend = true }
+      for group in 0..<groups.count {
+        let (sent, received) = (sends[group], receives[group])
+        // What computing waits for is what comes in, if it need not wait for all.
+        let whole = isSend && overlaps ? received : (min(sent.start, received.start), max(sent.end, received.end))
+        for seat in groups.seats(of: group) {
+          sending[seat] = max(sending[seat], sent.end)
+          receiving[seat] = max(receiving[seat], received.end)
+          finish(index, seat, max(0, whole.0), max(0, whole.1))
         }
       }
       talks.append(index)
     }
 
-    /// All workers together.
-    private mutating func collect(_ index: Int, _ seconds: Double) {
+    /// Along the ring of all workers, from the one that it does not go into to the one before.
+    private mutating func collect(_ index: Int, _ seconds: Double, notInto first: Int) {
+      let last = first == 0 ? computing.count - 1 : first - 1
       var start = 0.0
-      for seat in talking.indices { start = max(start, ready(talking, index, seat)) }
-      for seat in talking.indices {
-        finish(index, seat, start, start + seconds)
-        talking[seat] = start + seconds
+      for seat in computing.indices {
+        if seat != last { start = max(start, sending[seat], done(index, seat)) }
+        if seat != first { start = max(start, receiving[seat]) }
+      }
+      for seat in computing.indices {
+        if seat != last { sending[seat] = start + seconds }
+        if seat != first { receiving[seat] = start + seconds }
+        let isHere = overlaps && seat == first
+        finish(index, seat, isHere ? 0 : start, isHere ? 0 : start + seconds)
       }
       talks.append(index)
     }
 
-    private mutating func compute(_ index: Int, _ seconds: [Double], first: Int) {
+    /// When the step of the other lane that this one waits for is over.
+    @inline(__always)
+    private func done(_ index: Int, _ seat: Int) -> Double {
+      let after = steps[index].after
+      return after < 0 ? 0 : ends[rows[after] * computing.count + seat]
+    }
+
+    /// `blocks`: rows come and are computed in so many; nil: all must be there first.
+    private mutating func compute(_ index: Int, _ seconds: [Double], _ blocks: [Double]?, first: Int) {
+      let after = steps[index].after
       for seat in computing.indices {
-        let start = ready(computing, index, seat)
-        let end = slowdown > 1 ? slowed(seconds[first + seat], from: start, seat) : start + seconds[first + seat]
-        finish(index, seat, start, end)
-        computing[seat] = end
+        let (work, end) = (seconds[first + seat], done(index, seat))
+        var (start, least) = (max(computing[seat], end), 0.0)
+        if overlaps, let blocks, after >= 0 {
+          let begin = starts[rows[after] * computing.count + seat]
+          start = max(computing[seat], begin + (end - begin) / blocks[first + seat])
+          least = end + work / blocks[first + seat]
+        }
+        let stop = max(least, slowdown > 1 ? slowed(work, from: start, seat) : start + work)
+        finish(index, seat, start, stop)
+        computing[seat] = stop
       }
     }
 

@@ -36,7 +36,7 @@ extension Group {
   func rates(in call: Notice.Call) throws(Failure) -> [WorkerRates] {
     if let rates { return rates }
     var mine: ComputeRates?
-    let own = failure { () throws(Failure) in mine = try TrainingProbe(self).measure(for: Seconds(0)) }
+    let own = failure { () throws(Failure) in mine = try TrainingProbe(self).measure(for: Seconds(0), least: 3) }
     try agree(call, own, from: .call)
     let all = try peers.gathered(mine!).map { WorkerRates($0) }
     rates = all
@@ -57,8 +57,9 @@ private final class TrainingProbe {
   private let weights: UnsafeMutablePointer<Float>
 
   /// Values of an expert's matrix are 2^17; there are as many experts as outgrow the second cache.
-  private static let (narrowModel, wideModel, matrix, experts) = (256, 1024, 1 << 17, 32)
-  private static let mostRows = 4 * ComputeRates.sampledRows.last!
+  private static let (narrowModel, wideModel, matrix, experts) = (256, 1024, 1 << 17, 16)
+  /// Experts that take many rows.
+  private static let few = 4
 
   /// Takes all the memory that measuring needs.
   init(_ group: Group) throws(Failure) {
@@ -69,8 +70,10 @@ private final class TrainingProbe {
       return try Layer.together(alone) { Layer.Options(shape, seed: 1) }
     }
     narrow = try layer(TrainingProbe.narrowModel, TrainingProbe.experts)
-    wide = try layer(TrainingProbe.wideModel, TrainingProbe.experts / 4)
-    let (rows, floats) = (TrainingProbe.mostRows, TrainingProbe.mostRows * TrainingProbe.wideModel)
+    wide = try layer(TrainingProbe.wideModel, TrainingProbe.few)
+    let rows = TrainingProbe.few * ComputeRates.sampledRows.last!
+    let floats = max(
+      rows * TrainingProbe.narrowModel, TrainingProbe.few * TrainingProbe.handledRows * TrainingProbe.wideModel)
     memory = try Region(
       bytes: (3 * floats + 2 * rows) * MemoryLayout<Float>.stride, for: "measuring the speed of training")
     var arena = Arena(over: memory.base)
@@ -79,11 +82,14 @@ private final class TrainingProbe {
     for at in 0..<floats { tokens[at] = Float(at % 1009) / 1009 - 0.5 }
     weights.update(repeating: 1, count: rows)
     // A worker that meets the layers' memory for the first time would be slow.
-    for layer in [narrow, wide] { _ = try pass(layer, experts: 4, rows: ComputeRates.sampledRows.last!) }
+    for layer in [narrow, wide] {
+      _ = try pass(layer, experts: layer.shape.experts, rows: 1)
+    }
+    _ = try pass(narrow, experts: TrainingProbe.few, rows: ComputeRates.sampledRows.last!)
   }
 
-  /// Every repeat of all samples takes about 0.1 s of one core; there is one at least.
-  func measure(for budget: Seconds) throws(Failure) -> ComputeRates {
+  /// Repeats all samples for about `budget`, but `least` times at least; one repeat takes about 0.1 s of one core.
+  func measure(for budget: Seconds, least: Int = 1) throws(Failure) -> ComputeRates {
     let end = Seconds.now + budget
     let rows = ComputeRates.sampledRows
     var laps = Array(repeating: [Lap](), count: rows.count + 1)
@@ -91,10 +97,10 @@ private final class TrainingProbe {
       for (sample, rows) in rows.enumerated() {
         // Few rows take little time, and all experts to outgrow the caches.
         laps[sample].append(
-          try pass(narrow, experts: rows > 100 ? 4 : rows > 20 ? 16 : TrainingProbe.experts, rows: rows))
+          try pass(narrow, experts: rows > 100 ? TrainingProbe.few : TrainingProbe.experts, rows: rows))
       }
-      laps[rows.count].append(try pass(wide, experts: 4, rows: TrainingProbe.handledRows))
-    } while Seconds.now < end
+      laps[rows.count].append(try pass(wide, experts: TrainingProbe.few, rows: TrainingProbe.handledRows))
+    } while Seconds.now < end || laps[0].count < least
     func middleOf(_ sample: Int) -> Lap {
       Lap(
         experts: laps[sample][0].experts, forward: middle(laps[sample].map(\.forward)),
@@ -102,7 +108,7 @@ private final class TrainingProbe {
     }
     // The same products, and rows that are wider.
     let (less, more) = (middleOf(rows.firstIndex(of: TrainingProbe.handledRows)!), middleOf(rows.count))
-    let bytes = narrow.shape.rowBytes * Double(2 * 4 * TrainingProbe.handledRows)
+    let bytes = narrow.shape.rowBytes * Double(2 * TrainingProbe.few * TrainingProbe.handledRows)
     let slower = more.forward.value + more.backward.value - less.forward.value - less.backward.value
     let ratio = Double(TrainingProbe.wideModel) / Double(TrainingProbe.narrowModel) - 1
     let handling = bytes * ratio / Seconds(max(slower, 1e-9))

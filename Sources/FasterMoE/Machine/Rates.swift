@@ -22,7 +22,7 @@ package struct ComputeRates: Sendable, BitwiseCopyable, Equatable {
 }
 
 /// How fast one worker trains, for predictions.
-package struct WorkerRates: Equatable, Sendable {
+package final class WorkerRates: Sendable {
   package let products: RateCurve
   package let weightGrads: RateCurve
   package let rowHandling: ByteRate
@@ -31,7 +31,7 @@ package struct WorkerRates: Equatable, Sendable {
     (self.products, self.weightGrads, self.rowHandling) = (products, weightGrads, rowHandling)
   }
 
-  package init(_ measured: ComputeRates) {
+  package convenience init(_ measured: ComputeRates) {
     self.init(
       products: RateCurve(ComputeRates.samples(measured.products)),
       weightGrads: RateCurve(ComputeRates.samples(measured.weightGrads)), rowHandling: measured.rowHandling)
