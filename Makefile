@@ -19,7 +19,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test bench bench-hosts install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test bench bench-adamw bench-hosts install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -99,6 +99,12 @@ bench: packages-bench stage
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/workers.c -o $(OUT)/workers \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm -pthread
 	$(OUT)/workers --json $(OUT)/workers.json
+
+# AdamW beside loops that move the same bytes.
+bench-adamw: packages-build stage
+	gcc -std=gnu11 -O3 -march=native -Wall -Wextra Benchmarks/adamw.c -o $(OUT)/adamw \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -pthread
+	for n in 1 2; do $(OUT)/adamw --threads $$n || exit 1; done
 
 # Speeds between hosts, which are network namespaces of this machine with shaped links; needs root.
 bench-hosts: packages-test stage

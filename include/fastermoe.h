@@ -160,6 +160,24 @@ fmoe_status fmoe_layer_zero_gradients(fmoe_layer *layer);
 /* Collective.  Afterwards every gradient is that of the mean over workers of their losses: what backward adds to w1 ... w3
  * is so already, the gate's gradient becomes so here, equal on all ranks.  grad_tokens stay those of the worker's own loss. */
 fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer);
+typedef struct fmoe_adamw_options {       /* step t = 1, 2, ... of a layer, as PyTorch's AdamW: g = gradient_scale·gradient,
+                                             m = beta1·m + (1 - beta1)·g,  v = beta2·v + (1 - beta2)·g²,
+                                             p -= learning_rate·(weight_decay·p
+                                                                 + m/(1 - beta1^t) / (sqrt(v/(1 - beta2^t)) + epsilon)) */
+  uint32_t struct_size;
+  int32_t zero_gradients;                 /* 1: gradients become 0 in the same sweep; 0: they stay */
+  double learning_rate;                   /* required; 0, where a schedule begins or ends, moves m and v alone */
+  double beta1, beta2;                    /* [0, 1); default 0.9, 0.999 */
+  double epsilon;                         /* default 1e-8 */
+  double weight_decay;                    /* default 0: none */
+  double gradient_scale;                  /* for clipping: the largest norm over the norm; default 1 */
+  int32_t decay_biases;                   /* 0: only matrices decay, 1: b1 and b2 too */
+  int32_t reserved;                       /* 0 */
+} fmoe_adamw_options;
+/* Updates this rank's values by its gradients, after fmoe_layer_reduce_gradients; all ranks do so alike, or their gates
+ * part.  Not while a pass waits for its backward.  m, v and t are the layer's: twice the memory of its values from the first
+ * call on, which may fail with FMOE_ERROR_MEMORY.  The same bits for any number of threads and workers. */
+fmoe_status fmoe_layer_adamw(fmoe_layer *layer, const fmoe_adamw_options *options);
 fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path); /* collective; safetensors, any W reads it back */
 fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path); /* collective */
 

@@ -42,6 +42,11 @@ Struct options() noexcept {
 inline fmoe_transport transport_options() noexcept { return options<fmoe_transport>(); }
 inline fmoe_group_options group_options() noexcept { return options<fmoe_group_options>(); }
 inline fmoe_plan_options plan_options() noexcept { return options<fmoe_plan_options>(); }
+inline fmoe_adamw_options adamw_options(double learning_rate) noexcept {
+  auto required = options<fmoe_adamw_options>();
+  required.learning_rate = learning_rate;
+  return required;
+}
 inline fmoe_layer_options layer_options(int64_t d_model, int64_t d_hidden, int64_t experts) noexcept {
   auto required = options<fmoe_layer_options>();
   required.d_model = d_model;
@@ -140,6 +145,7 @@ class Layer : public detail::Owner<fmoe_layer, fmoe_layer_destroy> {
   }
   void zero_gradients() { check(fmoe_layer_zero_gradients(get())); }
   void reduce_gradients() { check(fmoe_layer_reduce_gradients(get())); }
+  void adamw(const fmoe_adamw_options &options) { check(fmoe_layer_adamw(get(), &options)); }
   void save(const std::string &path) const { check(fmoe_layer_save(get(), path.c_str())); }
   void load(const std::string &path) { check(fmoe_layer_load(get(), path.c_str())); }
 

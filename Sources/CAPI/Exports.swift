@@ -156,6 +156,15 @@ public func fmoe_layer_reduce_gradients(_ layer: OpaquePointer!) -> fmoe_status 
   }
 }
 
+@_cdecl("fmoe_layer_adamw") @implementation
+public func fmoe_layer_adamw(_ layer: OpaquePointer!, _ options: UnsafePointer<fmoe_adamw_options>!) -> fmoe_status {
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    let update = try Layer.Update(options)
+    try layer.group.exclusively { () throws(Failure) in try layer.adamw(update) }
+  }
+}
+
 @_cdecl("fmoe_layer_save") @implementation
 public func fmoe_layer_save(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
   unsupported("fmoe_layer_save")

@@ -67,6 +67,36 @@ extension Layer.Options {
   }
 }
 
+extension Layer.Update {
+  init(_ given: UnsafePointer<fmoe_adamw_options>?) throws(Failure) {
+    let required = MemoryLayout<fmoe_adamw_options>.offset(of: \.beta1)!
+    let c = try readOptions(
+      try require(given, "options"), "fmoe_adamw_options", smallest: required, zero: fmoe_adamw_options())
+    guard c.zero_gradients == 0 || c.zero_gradients == 1 else {
+      throw Failure(.options, "zero_gradients is 0 or 1, not \(c.zero_gradients)")
+    }
+    guard c.decay_biases == 0 || c.decay_biases == 1 else {
+      throw Failure(.options, "decay_biases is 0 or 1, not \(c.decay_biases)")
+    }
+    guard c.reserved == 0 else { throw Failure(.options, "fmoe_adamw_options.reserved must be 0") }
+    for (value, name) in [
+      (c.learning_rate, "learning_rate"), (c.epsilon, "epsilon"), (c.weight_decay, "weight_decay"),
+      (c.gradient_scale, "gradient_scale"),
+    ] where !(value >= 0 && value.isFinite) {
+      throw Failure(.argument, "\(name) must be a finite number, 0 or more, not \(value)")
+    }
+    for (beta, name) in [(c.beta1, "beta1"), (c.beta2, "beta2")] where !(beta >= 0 && beta < 1) {
+      throw Failure(.argument, "\(name) must be 0 or more and less than 1, not \(beta)")
+    }
+    func chosen(_ value: Double, or usual: Double) -> Double { value == 0 ? usual : value }
+    self.init(
+      AdamW(
+        rate: c.learning_rate, beta1: chosen(c.beta1, or: 0.9), beta2: chosen(c.beta2, or: 0.999),
+        epsilon: chosen(c.epsilon, or: 1e-8), decay: c.weight_decay, scale: chosen(c.gradient_scale, or: 1)),
+      decaying: c.decay_biases == 1 ? .all : .matrices, used: c.zero_gradients == 1 ? .zeroed : .kept)
+  }
+}
+
 func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throws(Failure) -> PlanRequest {
   let c = try readOptions(given, "fmoe_plan_options", smallest: 4, zero: fmoe_plan_options())
   guard let shadowing = PlanRequest.Shadowing(rawValue: Int(c.shadowing)) else {

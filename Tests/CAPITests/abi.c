@@ -39,6 +39,12 @@ AT(fmoe_tensors, struct_size, 0) AT(fmoe_tensors, local_experts, 4) AT(fmoe_tens
 AT(fmoe_tensors, gate, 16) AT(fmoe_tensors, w1, 24) AT(fmoe_tensors, b1, 32) AT(fmoe_tensors, w2, 40)
 AT(fmoe_tensors, b2, 48) AT(fmoe_tensors, w3, 56)
 
+SIZE(fmoe_adamw_options, 64)
+AT(fmoe_adamw_options, struct_size, 0) AT(fmoe_adamw_options, zero_gradients, 4) AT(fmoe_adamw_options, learning_rate, 8)
+AT(fmoe_adamw_options, beta1, 16) AT(fmoe_adamw_options, beta2, 24) AT(fmoe_adamw_options, epsilon, 32)
+AT(fmoe_adamw_options, weight_decay, 40) AT(fmoe_adamw_options, gradient_scale, 48)
+AT(fmoe_adamw_options, decay_biases, 56) AT(fmoe_adamw_options, reserved, 60)
+
 SIZE(fmoe_routing, 56)
 AT(fmoe_routing, struct_size, 0) AT(fmoe_routing, top_k, 4) AT(fmoe_routing, tokens, 8) AT(fmoe_routing, choices, 16)
 AT(fmoe_routing, weights, 24) AT(fmoe_routing, counts, 32) AT(fmoe_routing, balance_loss, 40)

@@ -159,6 +159,9 @@ static void test_null(void) {
   EXPECT(argument, fmoe_layer_gradients(layer, NULL));
   EXPECT(argument, fmoe_layer_zero_gradients(NULL));
   EXPECT(argument, fmoe_layer_reduce_gradients(NULL));
+  const fmoe_adamw_options adamw = {.struct_size = sizeof adamw, .learning_rate = 1};
+  EXPECT(argument, fmoe_layer_adamw(NULL, &adamw));
+  EXPECT(argument, fmoe_layer_adamw(layer, NULL));
   EXPECT_EITHER(argument, unsupported, fmoe_layer_save(NULL, "x"));
   EXPECT_EITHER(argument, unsupported, fmoe_layer_save(layer, NULL));
   EXPECT_EITHER(argument, unsupported, fmoe_layer_load(NULL, "x"));

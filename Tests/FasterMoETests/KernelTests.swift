@@ -235,3 +235,20 @@ struct Numbers {
     }
   }
 }
+
+extension KernelTests {
+  /// The numbers of a step, against PyTorch's formula.
+  @Test func adamWFactors() {
+    let how = AdamW(rate: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, decay: 0.5, scale: 2)
+    var values: [Float] = [1, -2], gradients: [Float] = [0.5, 0.25], means: [Float] = [0, 0], squares: [Float] = [0, 0]
+    AdamW.step(&values, &gradients, &means, &squares, count: 2, how.factors(step: 1), .zeroed)
+    // The first step goes a rate along the sign, whatever the gradient's size.
+    #expect(abs(values[0] - (1 - 0.05 - 0.1)) < 1e-6 && abs(values[1] - (-2 + 0.1 - 0.1)) < 1e-6)
+    #expect(abs(means[0] - 0.1) < 1e-7 && abs(squares[0] - 0.01) < 1e-8 && gradients == [0, 0])
+    let still = how.withoutDecay.factors(step: 1)
+    var others: [Float] = [1, -2]
+    (gradients, means, squares) = ([0, 0], [0, 0], [0, 0])
+    AdamW.step(&others, &gradients, &means, &squares, count: 2, still, .kept)
+    #expect(others == [1, -2], "without a gradient and decay nothing moves")
+  }
+}

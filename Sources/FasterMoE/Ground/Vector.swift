@@ -1,3 +1,4 @@
+import CHints
 import Glibc
 
 /// The one vector of all kernels: 16 floats, two registers with AVX2, one with AVX-512.
@@ -91,3 +92,6 @@ extension Vector {
 
 /// ln x.
 package func naturalLogarithm(_ x: Float) -> Float { logf(x) }
+
+/// √x, rounded once.
+@inline(__always) package func squareRoot(_ x: Vector) -> Vector { hint_square_root(x) }

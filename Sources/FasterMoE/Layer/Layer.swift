@@ -13,6 +13,8 @@ package final class Layer {
   private var passes = 0
   let values: Parameters
   let gradients: Parameters
+  /// From AdamW's first step on, or from a file that has them.
+  var moments: Moments?
   private let zeroing: Zeroing
   /// Passes whose batch is done; their memory serves the next ones.
   private var idle: [Pass] = []
