@@ -178,8 +178,18 @@ typedef struct fmoe_adamw_options {       /* step t = 1, 2, ... of a layer, as P
  * part.  Not while a pass waits for its backward.  m, v and t are the layer's: twice the memory of its values from the first
  * call on, which may fail with FMOE_ERROR_MEMORY.  The same bits for any number of threads and workers. */
 fmoe_status fmoe_layer_adamw(fmoe_layer *layer, const fmoe_adamw_options *options);
-fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path); /* collective; safetensors, any W reads it back */
-fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path); /* collective */
+/* Collective.  A safetensors file of all ranks' values, experts by their number among all E, so that any W reads what any
+ * other wrote:  gate.weight [E, d], experts.3.w1.weight [h, d], experts.3.w1.bias [h], experts.3.w2.weight [d, h],
+ * experts.3.w2.bias [d], SwiGLU: w1, w2, w3 and no biases; after fmoe_layer_adamw also optimizer.step, an I64, and
+ * optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each; docs/checkpoints.md has the rest.
+ * Rank 0 alone has the file: it writes and reads for all, and only its path counts (the others' must not be NULL).
+ * save: the file appears at path as a whole, replacing the one that is there; a link or a device is refused.
+ * load: takes a file of exactly these tensors, in F32, from any program.  Where there are checksums, as in what save
+ * writes, they must hold.  A file that is refused leaves the layer as it was; what changes it only in part is a disk that
+ * fails, or a file that is overwritten, between the check and the load.  Without optimizer.*, m, v and t begin anew.
+ * Nothing else of a layer is in the file: neither its options nor its gradients. */
+fmoe_status fmoe_layer_save(fmoe_layer *layer, const char *path);
+fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path);
 
 /* ---- one step: gate, plan, forward, backward, in this order, each once ---------------------
  * Plan and backward may be left out.  Several passes of one layer may be under way.  Backward adds to the layer's

@@ -167,12 +167,18 @@ public func fmoe_layer_adamw(_ layer: OpaquePointer!, _ options: UnsafePointer<f
 
 @_cdecl("fmoe_layer_save") @implementation
 public func fmoe_layer_save(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  unsupported("fmoe_layer_save")
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    try layer.group.exclusively { () throws(Failure) in try layer.save(to: path) }
+  }
 }
 
 @_cdecl("fmoe_layer_load") @implementation
 public func fmoe_layer_load(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  unsupported("fmoe_layer_load")
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    try layer.group.exclusively { () throws(Failure) in try layer.load(from: path) }
+  }
 }
 
 // MARK: Step

@@ -195,6 +195,8 @@ static void part(int32_t rank) {
   meet();
 }
 
+static int adamw_too; /* in each step */
+
 static void step(int32_t rank, fmoe_layer *layer, int64_t n, int routed) {
   fmoe_pass *pass = NULL;
   fmoe_plan_report report = {.struct_size = sizeof report};
@@ -205,7 +207,36 @@ static void step(int32_t rank, fmoe_layer *layer, int64_t n, int routed) {
   PERSIST(fmoe_forward(pass, output[rank]));
   PERSIST(fmoe_backward(pass, grad_output, grad_tokens[rank], routed ? grad_weights[rank] : NULL));
   PERSIST(fmoe_layer_reduce_gradients(layer));
+  if (adamw_too) EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &(fmoe_adamw_options){.struct_size = sizeof(fmoe_adamw_options), .learning_rate = 1e-6}));
   fmoe_pass_destroy(pass);
+}
+
+/* A step of AdamW, through a file and back: on the same values, so that what comes after is the same. */
+static void store(int32_t rank, fmoe_group *group) {
+  static char path[100];
+  const fmoe_layer_options options = {.struct_size = sizeof options, .d_model = D, .d_hidden = H, .experts = 4, .seed = 5};
+  const fmoe_adamw_options adamw = {.struct_size = sizeof adamw, .learning_rate = 0.1};
+  fmoe_layer *layer = NULL, *other = NULL;
+  if (rank == 0) snprintf(path, sizeof path, "/tmp/fastermoe-memory-%d", (int)getpid());
+  meet();
+  PERSIST(fmoe_layer_create(group, &options, &layer));
+  PERSIST(fmoe_layer_create(group, &options, &other));
+  fmoe_tensors g = {.struct_size = sizeof g}, a = g, b = g;
+  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &g));
+  g.w1[3] = 1;
+  PERSIST(fmoe_layer_save(layer, path)); /* without what AdamW remembers */
+  PERSIST(fmoe_layer_load(other, path));
+  for (int refused_here = 1; refused_here;) { /* each rank for itself: nobody is told */
+    fmoe_status status = fmoe_layer_adamw(layer, &adamw);
+    if ((refused_here = status != FMOE_OK)) EXPECT(FMOE_ERROR_MEMORY, status), refusing = 0;
+  }
+  PERSIST(fmoe_layer_save(layer, path));
+  PERSIST(fmoe_layer_load(other, path));
+  EXPECT(FMOE_OK, fmoe_layer_values(layer, &a)), EXPECT(FMOE_OK, fmoe_layer_values(other, &b));
+  CHECK(!memcmp(a.w1, b.w1, (size_t)(a.local_experts * H * D) * sizeof(float)), "%s", kind_names[kind]);
+  fmoe_layer_destroy(layer), fmoe_layer_destroy(other);
+  meet();
+  if (rank == 0) unlink(path);
 }
 
 /* From nothing to two passes in flight, then a larger one, and back to nothing. */
@@ -219,6 +250,7 @@ static uint64_t whole_life(int32_t rank) {
   PERSIST(fmoe_forward(early, output[rank]));
   step(rank, layer, N, 0);
   fmoe_pass_destroy(early);
+  store(rank, group);
   uint64_t hash = results(rank, layer, N);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
   part(rank);
@@ -295,7 +327,7 @@ static void steady_steps(int32_t rank) {
   part(rank);
 }
 
-static void test_steady_state(int of_kind) { run_ranks(of_kind, steady_steps); }
+static void test_steady_state(int of_kind) { adamw_too = 1, run_ranks(of_kind, steady_steps), adamw_too = 0; }
 
 /* Several layers and passes of one group, given up at every stage and in changing order. */
 static void short_life(int32_t rank, int turn) {

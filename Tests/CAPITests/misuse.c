@@ -162,10 +162,10 @@ static void test_null(void) {
   const fmoe_adamw_options adamw = {.struct_size = sizeof adamw, .learning_rate = 1};
   EXPECT(argument, fmoe_layer_adamw(NULL, &adamw));
   EXPECT(argument, fmoe_layer_adamw(layer, NULL));
-  EXPECT_EITHER(argument, unsupported, fmoe_layer_save(NULL, "x"));
-  EXPECT_EITHER(argument, unsupported, fmoe_layer_save(layer, NULL));
-  EXPECT_EITHER(argument, unsupported, fmoe_layer_load(NULL, "x"));
-  EXPECT_EITHER(argument, unsupported, fmoe_layer_load(layer, NULL));
+  EXPECT(argument, fmoe_layer_save(NULL, "x"));
+  EXPECT(argument, fmoe_layer_save(layer, NULL));
+  EXPECT(argument, fmoe_layer_load(NULL, "x"));
+  EXPECT(argument, fmoe_layer_load(layer, NULL));
   REFUSED(argument, argument, fmoe_pass, fmoe_gate(NULL, tokens, N, &out));
   REFUSED(argument, argument, fmoe_pass, fmoe_gate(layer, NULL, N, &out));
   EXPECT(argument, fmoe_gate(layer, tokens, N, NULL));
@@ -609,10 +609,8 @@ static void test_not_yet(void) {
     options.gate = gate;
     refuse_layer(group, not_yet, not_yet, options);
   }
-  EXPECT(not_yet, fmoe_layer_save(layer, "/tmp/no-such-checkpoint"));
-  EXPECT(not_yet, fmoe_layer_load(layer, "/tmp/no-such-checkpoint"));
   EXPECT(not_yet, fmoe_pass_write_timeline(pass, "/tmp/no-such-timeline"));
-  CHECK(access("/tmp/no-such-checkpoint", F_OK) && access("/tmp/no-such-timeline", F_OK), "and no file is left behind");
+  CHECK(access("/tmp/no-such-timeline", F_OK), "and no file is left behind");
   fmoe_pass_destroy(pass);
   check_step(layer);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);

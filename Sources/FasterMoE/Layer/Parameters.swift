@@ -38,6 +38,18 @@ struct Parameters: ~Copyable {
     floats = count.bytes / MemoryLayout<Float>.stride
   }
 
+  /// A tensor that this layer has.
+  func tensor(_ part: Contents.Part) -> UnsafeMutablePointer<Float> {
+    switch part {
+    case .gate: gate
+    case .inward: inward
+    case .inwardBias: inwardBias!
+    case .outward: outward
+    case .outwardBias: outwardBias!
+    case .inwardLinear: inwardLinear!
+    }
+  }
+
   var base: UnsafeMutablePointer<Float> { region.base.assumingMemoryBound(to: Float.self) }
 }
 

@@ -114,6 +114,34 @@ package final class WirePeers: Peers {
     if rank == root { values.update(from: space, count: count) }
   }
 
+  /// Tells all ranks the `bytes` bytes of rank `root`. What is told between them is a sign of life of the root.
+  package func tell(_ words: UnsafeMutableRawPointer, bytes: Int, from root: Int) throws(Failure) {
+    guard size > 1 else { return }
+    let space = try space(bytes)
+    if rank == root {
+      memcpy(space, words, bytes)
+      forEachOther { wire.send(space, bytes, to: $0) }
+    } else {
+      wire.receive(space, bytes, from: root)
+    }
+    try wire.run()
+    if rank != root { memcpy(words, space, bytes) }
+  }
+
+  /// Gives rank `to` the `count` values of rank `from`, which is another one; the rest have no part in it.
+  package func carry(_ values: UnsafeMutablePointer<Float>, count: Int, from: Int, to: Int) throws(Failure) {
+    guard count > 0, rank == from || rank == to else { return }
+    let space = try space(count * 4).assumingMemoryBound(to: Float.self)
+    if rank == from {
+      space.update(from: values, count: count)
+      wire.send(space, count * 4, to: to)
+    } else {
+      wire.receive(space, count * 4, from: from)
+    }
+    try wire.run()
+    if rank == to { values.update(from: space, count: count) }
+  }
+
   /// Adds a rank's own values to the sums that pass through it.
   private final class Adding: Freight {
     private let values: UnsafePointer<Float>

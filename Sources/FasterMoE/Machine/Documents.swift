@@ -31,62 +31,37 @@ package enum Documents {
   /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one. What is there and no file, such
   /// as a device or a link, stays.
   package static func write(_ value: some Codable, to path: UnsafePointer<CChar>) throws(Failure) {
-    var there = stat()
-    guard lstat(path, &there) != 0 || there.st_mode & S_IFMT == S_IFREG else {
-      throw Failure(.file, "\(String(cString: path)): cannot be written: it is no file that could be replaced")
-    }
     let data: Data
     do { data = try encoder.encode(value) + [UInt8(ascii: "\n")] } catch {
       throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
     }
-    let draft = "\(getpid()).draft".withCString { suffix in
-      ContiguousArray<CChar>(unsafeUninitializedCapacity: strlen(path) + strlen(suffix) + 2) { room, count in
-        strcpy(room.baseAddress!, path)
-        strcat(strcat(room.baseAddress!, "."), suffix)
-        count = strlen(room.baseAddress!) + 1
-      }
-    }
-    try draft.withUnsafeBufferPointer { room throws(Failure) in
-      let draft = room.baseAddress!
-      do throws(Failure) {
-        try store(data, in: draft, on: path)
-      } catch {
-        unlink(draft)
-        throw error
-      }
-    }
+    let draft = try Draft(of: path)
+    let bytes = Array(data)
+    try draft.write(bytes, bytes.count)
+    try draft.replace()
   }
 
-  private static func store(_ data: Data, in draft: UnsafePointer<CChar>, on path: UnsafePointer<CChar>) throws(Failure)
-  {
-    let file = open(draft, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o666)
-    guard file >= 0 else { throw refusal(path, "cannot be written") }
-    var written = 0
-    while written < data.count {
-      let count = data.withUnsafeBytes { Glibc.write(file, $0.baseAddress! + written, $0.count - written) }
-      if count < 0 && errno == EINTR { continue }
-      guard count > 0 else {
-        let failure = refusal(path, "cannot be written")
-        close(file)
-        throw failure
-      }
-      written += count
-    }
-    guard fsync(file) == 0 || errno == EINVAL, close(file) == 0, rename(draft, path) == 0 else {
-      throw refusal(path, "cannot be written")
+  /// The value that `text` holds, a part of the file at `path`. Keys that are not known are passed over.
+  static func decode<Value: Decodable>(
+    _ type: Value.Type, from text: UnsafeRawBufferPointer, in path: UnsafePointer<CChar>
+  ) throws(Failure) -> Value {
+    let data = Data(text)
+    do { return try decoder.decode(type, from: data) } catch {
+      var syntax = Syntax(data)
+      throw Failure(.file, "\(String(cString: path)): \(syntax.complaint ?? reason(of: error))")
     }
   }
 
   private static func bytes(of path: UnsafePointer<CChar>) throws(Failure) -> Data {
     let file = open(path, O_RDONLY | O_CLOEXEC)
-    guard file >= 0 else { throw refusal(path, "cannot be read") }
+    guard file >= 0 else { throw systemRefusal(path, "cannot be read") }
     defer { close(file) }
     var data = Data()
     var piece = [UInt8](repeating: 0, count: 1 << 16)
     while true {
       let count = Glibc.read(file, &piece, piece.count)
       if count < 0 && errno == EINTR { continue }
-      guard count >= 0 else { throw refusal(path, "cannot be read") }
+      guard count >= 0 else { throw systemRefusal(path, "cannot be read") }
       if count == 0 { return data }
       data.append(piece, count: count)
       guard data.count <= mostBytes else {
@@ -96,16 +71,6 @@ package enum Documents {
   }
 
   private static let mostBytes = 256 << 20
-
-  private static func refusal(_ path: UnsafePointer<CChar>, _ what: String) -> Failure {
-    var words = [CChar](repeating: 0, count: 256)
-    strerror_r(errno, &words, words.count)
-    return Failure(
-      .file,
-      words.withUnsafeBufferPointer {
-        "\(String(cString: path)): \(what): \(String(cString: $0.baseAddress!))"
-      })
-  }
 
   private static func reason(of error: any Error) -> String {
     switch error {

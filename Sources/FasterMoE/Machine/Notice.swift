@@ -2,7 +2,7 @@
 /// different calls still understand each other.
 package struct Notice: BitwiseCopyable {
   package enum Call: UInt32 {
-    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce, calibrate, clusterOfGroup
+    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce, calibrate, clusterOfGroup, save, load
 
     var name: String {
       switch self {
@@ -16,14 +16,17 @@ package struct Notice: BitwiseCopyable {
       case .reduce: "fmoe_layer_reduce_gradients"
       case .calibrate: "fmoe_group_calibrate"
       case .clusterOfGroup: "fmoe_cluster_of_group"
+      case .save: "fmoe_layer_save"
+      case .load: "fmoe_layer_load"
       }
     }
   }
   package typealias Same = SIMD8<UInt64>
-  /// What a call tells the others: a number of its own, and where this rank's part of a pass is in memory.
+  /// What a call tells the others: a number of its own, and where this rank's part of a pass or a layer is in memory.
   package struct Words: BitwiseCopyable {
     package var number: UInt64 = 0
-    package var tokens, gradOutput, slots, weights, rows, gradWeights, values, copyGrads: UnsafeRawPointer?
+    package var tokens, gradOutput, slots, weights, rows, gradWeights, values, means, squares,
+      copyGrads: UnsafeRawPointer?
     package init(number: Int = 0) { self.number = UInt64(number) }
   }
 

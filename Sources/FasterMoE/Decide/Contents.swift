@@ -1,0 +1,101 @@
+/// What a file of a layer holds: each tensor's name, and which part of whose parameters it is.
+///
+/// Experts go by their number among all experts, so a file does not know how many workers wrote it.
+package struct Contents: Equatable {
+  /// A tensor block of every worker: its values, and what AdamW remembers, running means of gradients and of squares.
+  package enum Block: Int, CaseIterable, Sendable {
+    case values, means, squares
+
+    fileprivate var prefix: String {
+      switch self {
+      case .values: ""
+      case .means: "optimizer.exp_avg."
+      case .squares: "optimizer.exp_avg_sq."
+      }
+    }
+  }
+  /// A tensor of such a block; the gate is every worker's, of the others each worker has its experts' part.
+  package enum Part: CaseIterable, Sendable { case gate, inward, inwardBias, outward, outwardBias, inwardLinear }
+
+  package struct Tensor: Equatable, Sendable {
+    package let name: String
+    package let shape: [Int]
+    package let block: Block
+    package let part: Part
+    /// Of all experts; 0 for the gate.
+    package let expert: Int
+    package var count: Int { shape.reduce(1, *) }
+  }
+
+  /// The number of AdamW's steps, an I64 without dimensions, if there were any.
+  package static let steps = "optimizer.step"
+
+  package let tensors: [Tensor]
+  package let hasMoments: Bool
+
+  package init(_ shape: Shape, hasMoments: Bool) {
+    self.hasMoments = hasMoments
+    let (d, h) = (shape.model, shape.hidden)
+    let parts: [(Part, String, [Int])] =
+      shape.activation.isGated
+      ? [(.inward, "w1.weight", [h, d]), (.outward, "w2.weight", [d, h]), (.inwardLinear, "w3.weight", [h, d])]
+      : [
+        (.inward, "w1.weight", [h, d]), (.inwardBias, "w1.bias", [h]), (.outward, "w2.weight", [d, h]),
+        (.outwardBias, "w2.bias", [d]),
+      ]
+    tensors = (hasMoments ? Block.allCases : [.values]).flatMap { block in
+      [
+        Tensor(
+          name: "\(block.prefix)gate.weight", shape: [shape.experts, d], block: block, part: .gate, expert: 0)
+      ]
+        + (0..<shape.experts).flatMap { expert in
+          parts.map { part, name, shape in
+            Tensor(
+              name: "\(block.prefix)experts.\(expert).\(name)", shape: shape, block: block, part: part, expert: expert)
+          }
+        }
+    }
+  }
+
+  /// As they are laid out in a file: the steps first, which are 8 bytes and stand on a multiple of them.
+  package var stored: [Safetensors.Tensor] {
+    var end = 0
+    func next(_ name: String, _ type: String, _ shape: [Int], _ bytes: Int) -> Safetensors.Tensor {
+      defer { end += bytes }
+      return Safetensors.Tensor(name, type, shape, end..<end + bytes)
+    }
+    let steps = hasMoments ? [next(Contents.steps, "I64", [], 8)] : []
+    return steps + tensors.map { next($0.name, "F32", $0.shape, 4 * $0.count) }
+  }
+
+  /// The contents of a file that holds `found`, and for each found tensor its number among these, nil for the steps.
+  ///
+  /// Fails, naming the tensor, unless a layer of this shape has all of them, just like that, and no others.
+  package static func match(_ found: [Safetensors.Tensor], _ shape: Shape) throws(Failure) -> (Contents, [Int?]) {
+    let contents = Contents(shape, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
+    var places: [String: Int] = [:]
+    for (place, tensor) in found.enumerated() { places[tensor.name] = place }
+    var numbers = [Int?](repeating: nil, count: found.count)
+    var isKnown = [Bool](repeating: false, count: found.count)
+    for (number, wanted) in contents.stored.enumerated() {
+      guard let place = places[wanted.name] else { throw Failure(.file, "lacks the tensor \"\(wanted.name)\"") }
+      let tensor = found[place]
+      guard tensor.type == wanted.type else {
+        throw Failure(.file, "tensor \"\(tensor.name)\" is \(tensor.type), not \(wanted.type)")
+      }
+      guard tensor.shape == wanted.shape else {
+        throw Failure(.file, "tensor \"\(tensor.name)\" is \(tensor.shape), not \(wanted.shape) as in this layer")
+      }
+      guard tensor.bytes.count == wanted.bytes.count else {
+        throw Failure(
+          .file, "tensor \"\(tensor.name)\" has \(tensor.bytes.count) bytes, not \(wanted.bytes.count) for its shape")
+      }
+      isKnown[place] = true
+      numbers[place] = contents.hasMoments ? (number == 0 ? nil : number - 1) : number
+    }
+    if let stranger = isKnown.firstIndex(of: false) {
+      throw Failure(.file, "has the tensor \"\(found[stranger].name)\", which this layer does not have")
+    }
+    return (contents, numbers)
+  }
+}
