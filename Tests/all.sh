@@ -69,6 +69,27 @@ workers_agree() {
   done
 }
 
+# A training that was saved and resumed has the losses of an unbroken one and writes the same text, digit for digit; another
+# number of workers can go on with it, and another model refuses it.
+resumed() {
+  local out=.build/examples/gcc workers
+  rm -rf "$out/saved"
+  export LD_LIBRARY_PATH=$prefix/lib
+  for workers in 1 2; do
+    local run=("$out/train_gpt" --workers $workers --steps 40 --eval-every 10 --sample 20)
+    "${run[@]}" --save-log "$out/unbroken.csv" >"$out/unbroken.txt" &&
+      "${run[@]}" --until 15 --save "$out/saved" --save-log "$out/first.csv" &&
+      "${run[@]}" --resume "$out/saved" --save "$out/saved" --save-log "$out/second.csv" >"$out/second.txt" || return 1
+    [ "$(find "$out/saved" -type f | wc -l)" = 5 ] || { find "$out/saved"; return 1; }
+    # Another look at the held-out text, after step 15, is all that the stop may add.
+    cmp <(cut -d, -f1,3,4,6 "$out/unbroken.csv") <(cut -d, -f1,3,4,6 "$out/first.csv" <(tail -n +2 "$out/second.csv")) &&
+      cmp <(cut -d, -f5 "$out/unbroken.csv" | tail -20) <(cut -d, -f5 "$out/second.csv" | tail -20) &&
+      cmp <(sed -n '/--- the prompt/,$p' "$out/unbroken.txt") <(sed -n '/--- the prompt/,$p' "$out/second.txt") || return 1
+  done
+  "$out/train_gpt" --steps 60 --until 45 --eval-every 0 --sample 0 --resume "$out/saved" || return 1
+  ! "$out/train_gpt" --steps 60 --width 64 --sample 0 --resume "$out/saved" || { echo "a model of another width"; return 1; }
+}
+
 # The C program that the README shows first, taken from the README.
 readme_program() {
   local out=.build/readme
@@ -121,6 +142,7 @@ step "C interface under the address sanitizer" c_interface asan
 step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
 step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
 step "training by 1, 2 and 4 workers" workers_agree
+step "training saved and resumed" resumed
 step "MPI: Open MPI, MPICH, several hosts" Tests/Cluster/run.sh "$prefix"
 step "README program" readme_program
 step "CMake package" cmake_package

@@ -62,6 +62,7 @@ static void step_stripe(const void *job, int index) {
 
 void adamw_step(team *crew, tensor *tensors, int count, const adamw *how, double norm, int step) {
   for (int t = 0; t < count; t++) {
+    if (!tensors[t].mean) continue;
     stripe_job job = {.shrink = how->clip > 0 && norm > how->clip ? (float)(how->clip / norm) : 1,
                       .beta1 = (float)how->beta1,
                       .beta2 = (float)how->beta2,

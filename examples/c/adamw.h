@@ -11,7 +11,7 @@ typedef struct tensor {
   int decays;           /* a matrix, which weight decay may shrink */
   int per_expert;       /* [E/W, ...]: this worker's part of E experts, of which a token visits k */
   float *value, *gradient;
-  float *mean, *square; /* running averages of the gradient and of its square, both from 0 */
+  float *mean, *square; /* running averages of the gradient and of its square, both from 0; NULL: the library has them */
 } tensor;
 
 typedef struct adamw {
@@ -21,6 +21,6 @@ typedef struct adamw {
 
 double gradient_squares(team *crew, const tensor *of); /* their sum */
 
-/* Uses the gradients up: they are 0 afterwards.  norm is that of all gradients together, step counts from 1. */
+/* Of the tensors whose averages are here.  Uses the gradients up: they are 0 afterwards.  norm is that of all gradients together, step counts from 1. */
 void adamw_step(team *crew, tensor *tensors, int count, const adamw *how, double norm, int step);
 #endif

@@ -51,6 +51,18 @@ fmoe_status gpt_backward(gpt *model);
 fmoe_status gpt_update(gpt *model, const adamw *how, double *norm /* before clipping; may be NULL */);
 void gpt_zero_gradients(gpt *model);
 
+/* Where a training is. */
+typedef struct gpt_place {
+  int step;
+  uint64_t random;
+} gpt_place;
+
+/* Parameters, AdamW's averages and the place, in a folder.  It has a file for each step that was saved of each layer's
+ * experts, which the library writes, and of the rest; the file `latest` comes last and says which step counts, so whoever is
+ * killed in between leaves the one before.  Worker 0 reads and writes for all; any number of workers can go on. */
+fmoe_status gpt_save(gpt *model, const char *folder, gpt_place place);
+fmoe_status gpt_load(gpt *model, const char *folder, gpt_place *place);
+
 /* Replaces values [count] by their sums over the workers. */
 fmoe_status gpt_sum(const gpt *model, float *values, int64_t count);
 

@@ -5,12 +5,14 @@
 #define _POSIX_C_SOURCE 200809L
 #include "train.h"
 
+#include <errno.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -29,7 +31,8 @@ static struct {
   int warmup, workers, threads, eval_every, sample;
   double seconds, balance_loss, z_loss, rate, temperature;
   uint64_t seed;
-  char *prompt, *log;
+  int until;
+  char *prompt, *log, *save, *resume;
 } flags = {.batch = 8, .context = 128, .layers = 3, .heads = 4, .width = 128, .hidden = 256, .experts = 8,
            .warmup = 30, .workers = 1, .eval_every = 250, .sample = 400, .balance_loss = 0.01, .z_loss = 0.001,
            .rate = 0.003, .temperature = 0.8, .seed = 1};
@@ -66,6 +69,9 @@ static const struct flag {
     {"sample", WHOLE, &flags.sample, 0, "N         characters to write at the end"},
     {"prompt", WORDS, &flags.prompt, 0, "TEXT      to continue; default: the beginning of the held-out text"},
     {"temperature", NUMBER, &flags.temperature, 0, "X    of the writing; 0: always the likeliest character"},
+    {"save", WORDS, &flags.save, 0, "FOLDER        where the training goes, at the end and at each look at the held-out text"},
+    {"resume", WORDS, &flags.resume, 0, "FOLDER      a training to go on with; the other flags as before"},
+    {"until", WHOLE, &flags.until, 0, "N          stop after step N of --steps, to be resumed; 0: go on to the end"},
     {"save-log", WORDS, &flags.log, 0, "FILE.csv  where the curve goes, see below"},
 };
 enum { FLAGS = sizeof LIST / sizeof LIST[0] };
@@ -291,7 +297,7 @@ static fmoe_status learn(training *t) {
     load += loss.load;
 
     TRY(agree_on_time(t));
-    last = progress(t) >= 1;
+    last = progress(t) >= 1 || t->step == flags.until;
     int looks = last || (flags.eval_every > 0 && t->step % flags.eval_every == 0);
     double time = now(); /* of a step, without looking at the held-out text */
     if (looks) TRY(evaluate(t));
@@ -311,6 +317,7 @@ static fmoe_status learn(training *t) {
       if (looks) fprintf(t->log, "%.6f", t->held_out);
       fprintf(t->log, ",%.4f\n", loss.load);
     }
+    if (looks && flags.save) TRY(gpt_save(t->model, flags.save, (gpt_place){t->step, t->random}));
   }
   return FMOE_OK;
 }
@@ -353,7 +360,13 @@ static fmoe_status run(training *t, int threads) {
                        .threads = threads, .peers = t->peers};
   TRY(gpt_create(&config, &t->model));
   TRY(compare_texts(t));
+  if (flags.resume) {
+    gpt_place place;
+    TRY(gpt_load(t->model, flags.resume, &place));
+    t->step = place.step, t->random = place.random;
+  }
   if (t->speaks) introduce(t);
+  if (t->speaks && t->step > 0) printf("resumed after step %d\n", t->step);
   TRY(learn(t));
   if (t->speaks)
     printf("\n%s after %d steps and %.0f s: held-out loss %.3f nats per character; frequencies alone give %.3f\n",
@@ -376,6 +389,8 @@ static fmoe_status prepare(training *t, char *error) {
   for (int i = 0; i < t->prompt; i++)
     t->line[i] = flags.prompt ? learnt.symbol_of[(unsigned char)flags.prompt[i]] : learnt.held_out[i];
   while (!flags.prompt && t->prompt > 1 && learnt.byte_of[t->line[t->prompt - 1]] != ' ') t->prompt--; /* whole words */
+  if (t->speaks && flags.save && mkdir(flags.save, 0777) != 0 && errno != EEXIST)
+    return refuse(FMOE_ERROR_FILE, error, "%s cannot be made", flags.save);
   if (!t->speaks || !flags.log) return FMOE_OK;
   if (!(t->log = fopen(flags.log, "w"))) return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.log);
   fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
