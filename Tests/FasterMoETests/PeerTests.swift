@@ -126,6 +126,37 @@ final class Mailbox: @unchecked Sendable {
     }
   }
 
+  /// A stream's times: it is ready, begins to move, has moved; its receiver has it no sooner than it was there to be sent.
+  @Test func streamsSayWhenTheyMoved() {
+    let (size, bytes) = (3, 3 * Wire.piece + 5)
+    let times = UnsafeMutablePointer<Movement>.allocate(capacity: 2 * size * size)
+    times.initialize(repeating: Movement(from: Seconds(0), to: Seconds(0)), count: 2 * size * size)
+    defer { times.deallocate() }
+    nonisolated(unsafe) let sent = times
+    nonisolated(unsafe) let received = times + size * size
+    let start = Seconds.now
+    Self.onWires(size) { peers in
+      var (from, into) = ([UInt8](repeating: 1, count: bytes), [UInt8](repeating: 0, count: size * bytes))
+      try from.withUnsafeMutableBytes { from in
+        try into.withUnsafeMutableBytes { into in
+          for peer in 0..<size where peer != peers.rank {
+            peers.wire.receive(
+              into.baseAddress! + peer * bytes, bytes, from: peer, times: received + peer * size + peers.rank)
+            peers.wire.send(from.baseAddress!, bytes, to: peer, times: sent + peers.rank * size + peer)
+          }
+          try peers.wire.run()
+        }
+      }
+    }
+    let end = Seconds.now
+    for (pair, from) in (0..<size * size).map({ ($0, sent[$0]) }) where pair / size != pair % size {
+      for times in [from, received[pair]] {
+        #expect(start <= times.asked && times.asked <= times.begin && times.begin < times.end && times.end <= end)
+      }
+      #expect(from.asked <= received[pair].end)
+    }
+  }
+
   @Test(arguments: [1, 2, 3, 5], [1, 40_001])
   func broadcastAndReduceGoAlongTheChain(size: Int, count: Int) {
     for root in 0..<size {

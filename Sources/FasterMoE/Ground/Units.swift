@@ -1,7 +1,7 @@
 import Glibc
 
 /// A span of time.
-package struct Seconds: Comparable, Sendable {
+package struct Seconds: Comparable, Sendable, BitwiseCopyable {
   package var value: Double
   package init(_ value: Double) { self.value = value }
   package static func < (a: Seconds, b: Seconds) -> Bool { a.value < b.value }

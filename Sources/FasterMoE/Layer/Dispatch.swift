@@ -72,6 +72,10 @@ extension Pass {
       plan.groups.count == 1
       ? Rounds(plan.groups, ranks: group.ranks, seats: group.ranks)
       : Rounds(plan.groups, ranks: group.leaves, seats: group.seats)
+    try recording.reserve(
+      blocks: Block.mostBlocks(
+        slots: store.moves.rows(at: group.rank), experts: rounds.count * layer!.owned.count + shadows.count),
+      peers: overWire ? group.size - 1 : 0, shadows: overWire ? shadows.count : 0)
     var size = Arena()
     _ = Inbox(shape, store.moves, shadows.count, rounds, at: group.rank, overWire: overWire, &size)
     if Pass.capacity(inboxMemory) < size.bytes {
@@ -139,7 +143,7 @@ extension Pass {
   func gatherCopyGrads() throws(Failure) {
     guard !shadows.isEmpty else { return }
     run(.addCopyGrads, shadows.count)
-    if group.peers.shareMemory { try group.peers.meet() }
+    if group.peers.shareMemory { try meet(as: .meetCopies) }
   }
 
   /// Rows to their experts, through them, and back, in the order of `steps`.
@@ -152,7 +156,7 @@ extension Pass {
     cutBlocks(steps)
     guard let peers = group.peers as? WirePeers else {
       run(compute, arrivedRows)
-      return try group.peers.meet()
+      return try meet(as: .meetExperts)
     }
     do throws(Failure) {
       run(send, count)
@@ -188,6 +192,13 @@ extension Pass {
     }
   }
 
+  /// Waits until all ranks of this process are done.
+  private func meet(as kind: Recording.Kind) throws(Failure) {
+    wasReady = .now
+    try group.peers.meet()
+    recordMeeting(kind)
+  }
+
   private func beginJourney(fetches: Bool) {
     journey.begin(
       inbox, rounds, shadows.map { store.traffic.owner(of: $0) }, at: group.rank, experts: layer!.owned.count,
@@ -216,9 +227,14 @@ extension Pass {
     let copy = inbox.copyValues + index * inbox.copyFloats
     var source = -1
     if owner != peers.rank {
-      source = peers.wire.receive(copy, bytes, from: before, step: step, tag: Journey.copy(index, group.size))
+      source = peers.wire.receive(
+        copy, bytes, from: before, step: step, tag: Journey.copy(index, group.size),
+        times: record(.fetch, index, .from(before), bytes: bytes))
     }
-    if after != owner { peers.wire.send(copy, bytes, to: after, following: source, step: step) }
+    if after != owner {
+      peers.wire.send(
+        copy, bytes, to: after, following: source, step: step, times: record(.fetch, index, .to(after), bytes: bytes))
+    }
   }
 
   /// The gradients of a shadowed expert along the chain that ends at its owner: each adds its own to what comes.
@@ -229,10 +245,17 @@ extension Pass {
     let tag = Journey.reduction(index, shadows.count, group.size)
     let sums = inbox.copySums + index * inbox.copyFloats
     if before == owner {
-      peers.wire.send(inbox.copyGrads + index * inbox.copyFloats, bytes, to: after, step: step, tag: tag)
+      peers.wire.send(
+        inbox.copyGrads + index * inbox.copyFloats, bytes, to: after, step: step, tag: tag,
+        times: record(.reduce, index, .to(after), bytes: bytes))
     } else {
-      let source = peers.wire.receive(sums, bytes, from: before, step: step, tag: tag)
-      if owner != peers.rank { peers.wire.send(sums, bytes, to: after, following: source, step: step) }
+      let source = peers.wire.receive(
+        sums, bytes, from: before, step: step, tag: tag, times: record(.reduce, index, .from(before), bytes: bytes))
+      if owner != peers.rank {
+        peers.wire.send(
+          sums, bytes, to: after, following: source, step: step,
+          times: record(.reduce, index, .to(after), bytes: bytes))
+      }
     }
   }
 
@@ -245,13 +268,13 @@ extension Pass {
       guard sources.contains(peer) else { return }
       receive(
         peers, arriving + arrivingBefore(peer) * shape.model, store.moves.rows(from: peer, to: peers.rank), peer, step,
-        tag: Journey.arrival(peer))
+        tag: Journey.arrival(peer), .send, round)
     }
     peers.forEachOther { peer in
       guard targets.contains(peer) else { return }
       send(
         peers, inbox.outgoing + leavingBefore(peer) * shape.model, store.moves.rows(from: peers.rank, to: peer), peer,
-        step, tag: -1)
+        step, tag: -1, .send, round)
     }
   }
 
@@ -264,13 +287,14 @@ extension Pass {
       let owned = store.traffic.owned(by: peer)
       let first = owned.first { !store.moves.shadowed[$0] }.map { store.routing.firstRow[$0] } ?? 0
       receive(
-        peers, store.rows + first * shape.model, store.moves.rows(from: peers.rank, to: peer), peer, step, tag: -1)
+        peers, store.rows + first * shape.model, store.moves.rows(from: peers.rank, to: peer), peer, step, tag: -1,
+        .giveBack, round)
     }
     peers.forEachOther { peer in
       guard sources.contains(peer) else { return }
       send(
         peers, inbox.results + arrivingBefore(peer) * shape.model, store.moves.rows(from: peer, to: peers.rank), peer,
-        step, tag: Journey.giveBack(peer, group.size))
+        step, tag: Journey.giveBack(peer, group.size), .giveBack, round)
     }
   }
 
@@ -279,17 +303,34 @@ extension Pass {
   }
 
   private func receive(
-    _ peers: WirePeers, _ to: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int
+    _ peers: WirePeers, _ to: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int,
+    _ kind: Recording.Kind, _ round: Int
   ) {
     guard rows > 0 else { return }
-    peers.wire.receive(to, rows * shape.model * MemoryLayout<Float>.stride, from: peer, step: step, tag: tag)
+    let bytes = rows * shape.model * MemoryLayout<Float>.stride
+    peers.wire.receive(
+      to, bytes, from: peer, step: step, tag: tag, times: record(kind, round, .from(peer), rows: rows, bytes: bytes))
   }
 
   private func send(
-    _ peers: WirePeers, _ from: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int
+    _ peers: WirePeers, _ from: UnsafeMutablePointer<Float>, _ rows: Int, _ peer: Int, _ step: Int, tag: Int,
+    _ kind: Recording.Kind, _ round: Int
   ) {
     guard rows > 0 else { return }
-    peers.wire.send(from, rows * shape.model * MemoryLayout<Float>.stride, to: peer, step: step, tag: tag)
+    let bytes = rows * shape.model * MemoryLayout<Float>.stride
+    peers.wire.send(
+      from, bytes, to: peer, step: step, tag: tag, times: record(kind, round, .to(peer), rows: rows, bytes: bytes))
+  }
+
+  /// Where a stream's times go; `place` is its round, or the place of its expert among the shadows.
+  private func record(_ kind: Recording.Kind, _ place: Int, _ peer: Recording.Peer, rows: Int = 0, bytes: Int)
+    -> UnsafeMutablePointer<Movement>?
+  {
+    let entry = recording.caller.add(
+      Recording.Entry(
+        kind: kind, peer: peer, place: Int32(place), rows: Int32(rows), bytes: bytes,
+        times: Movement(from: wasReady, to: wasReady)))
+    return entry.map { withUnsafeMutablePointer(to: &$0.pointee.times) { $0 } }
   }
 
   /// Rows that come from workers before `peer`.

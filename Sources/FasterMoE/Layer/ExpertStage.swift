@@ -23,12 +23,15 @@ extension PassContext {
   /// Every row through its expert, each as soon as it is here.
   func forward(blocks: Int) {
     let parts = rowTasks(blocks)
+    // A task begins where the one before it ended, unless the thread had to wait.
+    var ready = Seconds.now
     while case let task = team.take(), task < blocks * parts {
       let block = inbox.blocks[task / parts]
       let rows = cut(block, task % parts, of: parts)
-      if !rows.isEmpty, journey.wait(team, for: block, rows) {
+      if !rows.isEmpty, journey.wait(team, for: block, rows, &ready) {
         forward(block, rows)
         journey.isDone()
+        ready = lane.addTask(.experts, block: task / parts, rows: rows.count, from: ready)
       }
       inbox.rowTasksDone[task / parts].wrappingAdd(1, ordering: .releasing)
     }
@@ -81,6 +84,7 @@ extension PassContext {
     let rowTasks = rowTasks(blocks)
     let weightTasks = PassContext.weightTasks(shape)
     var (turn, first) = (0, 0)
+    var ready = Seconds.now
     while turn < turns.count {
       let task = team.take()
       while turn < turns.count, task >= first + turns[turn].tasks(rowTasks, weightTasks, lag: workspace.lag) {
@@ -90,41 +94,43 @@ extension PassContext {
       guard turn < turns.count else { return }
       switch turns[turn] {
       case .rows(let blocks):
-        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, of: rowTasks)
+        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, of: rowTasks, &ready)
       case .weights(let blocks):
         let block = blocks.lowerBound + (task - first) / weightTasks
-        makeWeightGradients(block, (task - first) % weightTasks, of: weightTasks, rowTasks)
+        makeWeightGradients(block, (task - first) % weightTasks, of: weightTasks, rowTasks, &ready)
       case .both(let blocks):
         let (round, part) = (task - first).quotientAndRemainder(dividingBy: rowTasks + weightTasks)
         if part < rowTasks {
           guard round < blocks.count else { continue }
           // The slot's block before this one must have left it.
-          if round > workspace.lag { wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks) }
-          makeRowGradients(round, part, of: rowTasks)
+          if round > workspace.lag { wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks, &ready) }
+          makeRowGradients(round, part, of: rowTasks, &ready)
         } else if round >= workspace.lag {
-          makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks)
+          makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks, &ready)
         }
       }
     }
   }
 
-  private func makeRowGradients(_ index: Int, _ part: Int, of parts: Int) {
+  private func makeRowGradients(_ index: Int, _ part: Int, of parts: Int, _ ready: inout Seconds) {
     let block = inbox.blocks[index]
     let rows = cut(block, part, of: parts)
-    if !rows.isEmpty, journey.wait(team, for: block, rows) {
+    if !rows.isEmpty, journey.wait(team, for: block, rows, &ready) {
       backward(index, rows)
       journey.isDone()
+      ready = lane.addTask(.expertGrads, block: index, rows: rows.count, from: ready)
     }
     inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
   }
 
-  private func makeWeightGradients(_ index: Int, _ part: Int, of parts: Int, _ rowTasks: Int) {
+  private func makeWeightGradients(_ index: Int, _ part: Int, of parts: Int, _ rowTasks: Int, _ ready: inout Seconds) {
     let block = inbox.blocks[index]
-    wait(for: inbox.rowTasksDone + index, rowTasks)
-    if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), parts) }
+    wait(for: inbox.rowTasksDone + index, rowTasks, &ready)
+    if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), parts, &ready) }
     if journey.begin() {
       addWeightGradients(index, part)
       journey.isDone()
+      ready = lane.addTask(.weightGrads, block: index, rows: Int(block.rows), from: ready)
     }
     inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
   }
@@ -262,7 +268,8 @@ extension PassContext {
     return low..<max(low, high)
   }
 
-  private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int) {
-    team.wait { done.pointee.load(ordering: .acquiring) == tasks }
+  /// `ready` is set to now if the thread had to wait.
+  private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int, _ ready: inout Seconds) {
+    if team.wait(until: { done.pointee.load(ordering: .acquiring) == tasks }) { ready = .now }
   }
 }

@@ -133,14 +133,16 @@ final class Journey: Freight {
   // MARK: The team's
 
   /// Waits until some rows of a block, and its expert, are here and begins to compute; false if they never will be.
+  /// `ready` becomes the time from which the thread computes, if that is later.
   @inline(__always)
-  func wait(_ team: Team, for block: Block, _ rows: Range<Int>) -> Bool {
+  func wait(_ team: Team, for block: Block, _ rows: Range<Int>, _ ready: inout Seconds) -> Bool {
     if isUnderWay.load(ordering: .acquiring) {
       waitForRows(team, Int(block.row) + rows.lowerBound..<Int(block.row) + rows.upperBound)
       if Int(block.expert) >= experts {
         let copy = copies[Int(block.expert) - experts]
         team.wait { copy.isHere.load(ordering: .acquiring) || self.isCut.load(ordering: .acquiring) }
       }
+      ready = .now
     }
     return begin()
   }

@@ -32,12 +32,32 @@ package final class Pass: TeamWork {
   /// What backward does with the blocks.
   var turns: [Turn] = []
   let journey: Journey
+  let recording: Recording
+  /// Whether it was planned with a prediction.
+  private(set) var isPredicted = false
+  /// When the call under way began, and when this rank was ready to meet the others in it.
+  var began = Seconds(0)
+  var wasReady = Seconds(0)
   var number = 0
   private var tokensOfAll = 0
   var job = Job.gate
   enum Job {
     case gate, packCopies, send, expertsForward, combineForward
     case clearCopyGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
+
+    /// As what it is recorded; nil for those whose tasks are.
+    var kind: Recording.Kind? {
+      switch self {
+      case .gate: .gate
+      case .packCopies: .packCopies
+      case .send, .sendGrads: .packRows
+      case .combineForward: .combine
+      case .clearCopyGrads: .clearCopyGrads
+      case .addCopyGrads: .addCopyGrads
+      case .combineBackward: .combineGrads
+      case .expertsForward, .expertsBackward: nil
+      }
+    }
   }
   /// Experts that every worker computes its own rows for.
   var shadows: [Int] { plan?.shadows ?? [] }
@@ -83,6 +103,7 @@ package final class Pass: TeamWork {
   init(team: Team, workers: Int) {
     self.team = team
     journey = Journey(workers: workers)
+    recording = Recording(threads: team.threads)
   }
 
   deinit {
@@ -104,6 +125,7 @@ package final class Pass: TeamWork {
   // MARK: The trip
 
   func begin(in layer: Layer, _ tokens: UnsafePointer<Float>?, _ n: Int) throws(Failure) {
+    began = .now
     let shape = layer.shape
     guard n <= Int(Int32.max) / shape.choices else { throw Pass.tooMany(n) }
     _ = try checkedProduct(
@@ -116,6 +138,7 @@ package final class Pass: TeamWork {
       memory = nil
       memory = try Region(bytes: size.bytes, for: "the tokens of a batch")
     }
+    try recording.begin()
     workspace = try layer.workspace()
     var arena = Arena(over: Pass.base(memory))
     store = Store(shape, tokens: n, workers: workers, losses: layer.losses, &arena)
@@ -123,13 +146,14 @@ package final class Pass: TeamWork {
     self.tokens = tokens
     count = n
     stage = .gated
-    (isGated, balanceLoss, zLoss) = (false, 0, 0)
+    (isGated, isPredicted, balanceLoss, zLoss) = (false, false, 0, 0)
     plan = nil
     store.moves.shadow([])
   }
 
   func gate() {
     isGated = true
+    defer { wasReady = .now }
     let layer = layer!
     let (n, shape, losses) = (count, layer.shape, layer.losses)
     run(.gate, n)
@@ -157,6 +181,8 @@ package final class Pass: TeamWork {
     for worker in 0..<traffic.workers where traffic.rows(at: worker) > Int(Int32.max) {
       throw Failure(.argument, "\(traffic.rows(at: worker)) rows for the experts of rank \(worker) do not fit 31 bits")
     }
+    recordMeeting(.meetCounts)
+    defer { recording.caller.add(isGated ? .gateCall : .routeCall, from: began) }
     guard isGated, losses.needProbabilities, count > 0 else { return }
     for expert in 0..<Panels.padded(shape.experts) {
       store.shares[expert] =
@@ -168,6 +194,7 @@ package final class Pass: TeamWork {
   }
 
   func route(_ choices: UnsafePointer<Int32>?, _ weights: UnsafePointer<Float>?) {
+    defer { wasReady = .now }
     let slots = count * layer!.shape.choices
     if let choices, let weights {
       store.routing.choices.update(from: choices, count: slots)
@@ -181,6 +208,7 @@ package final class Pass: TeamWork {
 
   /// Decides how the pass is to go; predictions only if some rank wants a report, the same on all.
   package func plan(wantsReport: Bool, _ request: () throws(Failure) -> PlanRequest) throws(Failure) -> PlanReport? {
+    began = .now
     let peers = group.peers
     var asked: PlanRequest?
     var cluster: Cluster?
@@ -200,9 +228,11 @@ package final class Pass: TeamWork {
     var report: PlanReport?
     if isReported && cluster == nil {
       report = PlanReport.inPlace(store.traffic, shape: shape, rates: try group.rates(in: .plan))
+      isPredicted = true
     }
     report = try decide(asked!, on: cluster, isReported: isReported) ?? report
     stage = .planned
+    recording.caller.add(.planCall, from: began)
     return report
   }
 
@@ -232,6 +262,7 @@ package final class Pass: TeamWork {
 
   /// y [n, d] of the batch.
   package func forward(_ output: UnsafeMutablePointer<Float>?) throws(Failure) {
+    began = .now
     let own = failure { () throws(Failure) in
       guard stage == .gated || stage == .planned else { throw wrongStage("forward") }
       guard count == 0 || output != nil else {
@@ -241,12 +272,15 @@ package final class Pass: TeamWork {
       try openInbox()
       workspace = try layer!.workspace()
     }
+    wasReady = .now
     let all = try group.agree(.forward, own, same: same((plan?.fingerprint ?? 0, 0, 0)), words: addresses)
+    recordMeeting(.meetForward)
     self.output = output
     lookAround(all)
     try throughExperts(plan.forward, send: .send, arriving: inbox.tokens, compute: .expertsForward)
     run(.combineForward, count)
     stage = .forwarded
+    recording.caller.add(.forwardCall, from: began)
   }
 
   /// Gradients: adds to the layer's, overwrites `gradTokens` [n, d] and, where wanted, `gradWeights` [n, k].
@@ -254,6 +288,7 @@ package final class Pass: TeamWork {
     _ gradOutput: UnsafePointer<Float>?, gradTokens: UnsafeMutablePointer<Float>?,
     gradWeights: UnsafeMutablePointer<Float>?
   ) throws(Failure) {
+    began = .now
     let own = failure { () throws(Failure) in
       guard stage == .forwarded else { throw wrongStage("backward") }
       guard count == 0 || gradOutput != nil else {
@@ -271,13 +306,16 @@ package final class Pass: TeamWork {
     }
     self.gradOutput = gradOutput
     self.gradTokens = gradTokens
+    wasReady = .now
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
+    recordMeeting(.meetBackward)
     run(.clearCopyGrads, shadows.count)
     try throughExperts(plan.backward, send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     try gatherCopyGrads()
     run(.combineBackward, count)
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
     stage = .finished
+    recording.caller.add(.backwardCall, from: began)
   }
 
   /// The trip is over, at whatever stage; the memory goes back to the layer.
@@ -293,6 +331,11 @@ package final class Pass: TeamWork {
   var gradOutput: UnsafePointer<Float>?
   private var gradTokens: UnsafeMutablePointer<Float>?
 
+  /// All ranks have come since this one was ready.
+  func recordMeeting(_ kind: Recording.Kind) {
+    if group.size > 1 { recording.caller.add(kind, from: wasReady) }
+  }
+
   /// Has the team do a job that is empty where `size` is 0.
   func run(_ job: Job, _ size: Int) {
     guard size > 0 else { return }
@@ -304,7 +347,8 @@ package final class Pass: TeamWork {
     let layer = layer!
     let context = PassContext(
       thread: thread, team: team, layer: layer, store: store, inbox: inbox, journey: journey,
-      workspace: workspace, desk: workspace.desk(thread), tokens: tokens, count: count)
+      workspace: workspace, desk: workspace.desk(thread), lane: recording.lane(thread), tokens: tokens, count: count)
+    let start = Seconds.now
     switch job {
     case .gate: context.chooseExperts()
     case .packCopies: context.packCopies(shadows)
@@ -318,6 +362,7 @@ package final class Pass: TeamWork {
     case .combineBackward:
       if isGated { context.backwardThroughGate(into: gradTokens!) } else { context.combineGrads(into: gradTokens!) }
     }
+    if let kind = job.kind { context.lane.add(kind, from: start) }
   }
 
   private func wrongStage(_ call: String) -> Failure {
@@ -359,6 +404,7 @@ struct PassContext {
   let journey: Journey
   let workspace: Workspace
   let desk: Workspace.Desk
+  let lane: Recording.Lane
   /// [n, d]; nil only where n is 0.
   let tokens: UnsafePointer<Float>!
   let count: Int

@@ -84,16 +84,20 @@ package final class Team {
     }
   }
 
-  /// Returns once `condition` holds, which another thread of the running job is about to bring about.
-  @inline(__always) package func wait(until condition: () -> Bool) {
+  /// Returns once `condition` holds, which another thread of the running job is about to bring about; whether it did not
+  /// hold at once.
+  @discardableResult
+  @inline(__always) package func wait(until condition: () -> Bool) -> Bool {
+    if condition() { return false }
     // The others are computing on their own cores and mostly come soon: yielding finds them at once. A wait that lasts
     // means that somebody else has their cores, and then the best is to need none.
     for _ in 0..<Team.patience {
-      if condition() { return }
       sched_yield()
+      if condition() { return true }
     }
     var pause = timespec(tv_sec: 0, tv_nsec: 50_000)
     while !condition() { nanosleep(&pause, nil) }
+    return true
   }
 
   /// Yields before a wait sleeps: some 200 microseconds where nobody else wants the core.

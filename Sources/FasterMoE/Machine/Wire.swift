@@ -11,6 +11,16 @@ package protocol Freight: AnyObject {
   var isBusy: Bool { get }
 }
 
+/// When something moved or was done, by the clock of `Seconds.now`.
+package struct Movement: BitwiseCopyable {
+  /// When it could first have begun: what lies between this and `begin` is the wait for somebody else.
+  package var asked: Seconds
+  package var begin: Seconds
+  package var end: Seconds
+
+  package init(from begin: Seconds, to end: Seconds) { (asked, self.begin, self.end) = (begin, begin, end) }
+}
+
 /// Moves large volumes between ranks over a transport: cut in pieces, several under way to every peer at once.
 ///
 /// Only the thread that calls `run` talks to the transport. It polls, and sleeps when nothing moves, so that the cores
@@ -34,6 +44,8 @@ package final class Wire {
     let step: Int
     /// The stream that brings the bytes which this one passes on, or -1.
     let source: Int
+    /// Where to say when its first byte could go, when one first went, and when the last had come; nobody asks if nil.
+    let times: UnsafeMutablePointer<Movement>?
     var started = 0
     var moved = 0
     /// Of the requests under way the oldest, in the stream's ring.
@@ -51,6 +63,9 @@ package final class Wire {
   private var requests: UnsafeMutablePointer<UnsafeMutableRawPointer?>
   private var count = 0
   private var freight: (any Freight)?
+  /// When this rank last looked what had moved, and when it had before that.
+  private var looked = Seconds(0)
+  private var lookedBefore = Seconds(0)
   /// Why nothing can move any more.
   package private(set) var failure: Failure?
   /// Whether the transport may still touch memory that it was given.
@@ -77,23 +92,25 @@ package final class Wire {
   /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
   /// before are under way. So both ends agree which message meets which, if they agree about the steps.
   package func send(
-    _ bytes: UnsafeRawPointer, _ count: Int, to peer: Int, following source: Int = -1, step: Int = 0, tag: Int = -1
+    _ bytes: UnsafeRawPointer, _ count: Int, to peer: Int, following source: Int = -1, step: Int = 0, tag: Int = -1,
+    times: UnsafeMutablePointer<Movement>? = nil
   ) {
-    add(UnsafeMutableRawPointer(mutating: bytes), count, peer, receiving: false, source, step, tag)
+    add(UnsafeMutableRawPointer(mutating: bytes), count, peer, receiving: false, source, step, tag, times)
   }
 
   /// Adds a stream from `peer`; returns its number, for `following`.
   @discardableResult
   package func receive(
-    _ bytes: UnsafeMutableRawPointer, _ count: Int, from peer: Int, step: Int = 0, tag: Int = -1
+    _ bytes: UnsafeMutableRawPointer, _ count: Int, from peer: Int, step: Int = 0, tag: Int = -1,
+    times: UnsafeMutablePointer<Movement>? = nil
   ) -> Int {
-    add(bytes, count, peer, receiving: true, -1, step, tag)
+    add(bytes, count, peer, receiving: true, -1, step, tag, times)
     return self.count - 1
   }
 
   private func add(
     _ bytes: UnsafeMutableRawPointer, _ count: Int, _ peer: Int, receiving: Bool, _ source: Int, _ step: Int,
-    _ tag: Int
+    _ tag: Int, _ times: UnsafeMutablePointer<Movement>?
   ) {
     if self.count == capacity {
       let more = UnsafeMutablePointer<Stream>.allocate(capacity: 2 * capacity)
@@ -105,7 +122,9 @@ package final class Wire {
       requests = .allocate(capacity: capacity * Wire.mostUnderWay)
     }
     (streams + self.count).initialize(
-      to: Stream(peer: peer, receiving: receiving, base: bytes, bytes: count, tag: tag, step: step, source: source))
+      to: Stream(
+        peer: peer, receiving: receiving, base: bytes, bytes: count, tag: tag, step: step, source: source, times: times)
+    )
     self.count += 1
   }
 
@@ -129,8 +148,10 @@ package final class Wire {
 
   private func move() throws(Failure) {
     var idle = 0
-    var since = Seconds.now
+    looked = Seconds.now
+    var since = looked
     while true {
+      (lookedBefore, looked) = (looked, Seconds.now)
       var (isOpen, hasMoved) = (false, false)
       // The step that each direction is in.
       var (sending, receiving) = (Int.max, Int.max)
@@ -152,9 +173,9 @@ package final class Wire {
         idle = 0
         continue
       }
-      if idle == 0 || freight?.isBusy ?? false { since = Seconds.now }
+      if idle == 0 || freight?.isBusy ?? false { since = looked }
       idle += 1
-      if let timeout, Seconds.now.value - since.value > timeout.value { throw tooLate(timeout) }
+      if let timeout, looked.value - since.value > timeout.value { throw tooLate(timeout) }
       pause(idle)
     }
   }
@@ -166,6 +187,11 @@ package final class Wire {
       let request = ring(stream)[stream.pointee.oldest]
       guard try transport.isDone(request, peer: stream.pointee.peer) else { break }
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.moved)
+      if let times = stream.pointee.times {
+        // It began to move after the look that found nothing moved; and it is here before anybody hears of it.
+        if stream.pointee.moved == 0 { times.pointee.begin = max(times.pointee.asked, lookedBefore) }
+        if stream.pointee.moved + size == stream.pointee.bytes { times.pointee.end = .now }
+      }
       if stream.pointee.receiving, stream.pointee.tag >= 0 {
         freight?.arrived(stream.pointee.tag, at: stream.pointee.moved, bytes: size)
       }
@@ -187,6 +213,7 @@ package final class Wire {
     while stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
+      if stream.pointee.started == 0 { stream.pointee.times?.pointee.asked = looked }
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.mostUnderWay
       // Counted before: a transport that fails to start may have taken the bytes all the same.
       stream.pointee.underWay += 1
