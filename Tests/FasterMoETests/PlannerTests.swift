@@ -623,6 +623,85 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     }
   }
 
+  // MARK: One worker's part
+
+  /// Every worker's steps follow what they wait for, its lanes do not overlap, and its rows are those of the batch.
+  @Test func forecastsAreOfOneWorker() throws {
+    try Self.withRandom(43, times: 60) { numbers, cluster, batch, shape in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      let (traffic, workers) = (batch.traffic, cluster.workers)
+      func stays(_ expert: Int) -> Bool { plan.shadows.contains(expert) }
+      func between(_ source: Int, _ target: Int) -> Int {
+        traffic.owned(by: target).filter { !stays($0) }.reduce(0) {
+          $0 + Int(traffic.counts[source * traffic.experts + $1])
+        }
+      }
+      var forward = Seconds(0)
+      for rank in 0..<workers {
+        let forecast = Forecast(plan, traffic, shape, on: cluster, of: rank)
+        let own = (0..<traffic.experts).filter(stays).reduce(0) {
+          $0 + Int(traffic.counts[rank * traffic.experts + $1])
+        }
+        let (out, into) = (
+          (0..<workers).reduce(0) { $0 + ($1 == rank ? 0 : between(rank, $1)) },
+          (0..<workers).reduce(0) { $0 + ($1 == rank ? 0 : between($1, rank)) }
+        )
+        for (trip, steps) in [(forecast.forward, plan.forward), (forecast.backward, plan.backward)] {
+          #expect(trip.steps.map(\.action) == steps.map(\.action))
+          #expect(trip.steps.allSatisfy { $0.begin <= $0.end && $0.end <= trip.seconds })
+          for (index, step) in steps.enumerated() {
+            let lane = step.action.communicates
+            let before = steps[..<index].lastIndex { $0.action.communicates == lane } ?? -1
+            for first in [before, step.after] where first >= 0 {
+              #expect(trip.steps[first].end <= trip.steps[index].begin)
+            }
+            if case .compute(let round) = step.action,
+              let sent = trip.steps.first(where: { $0.action == .send(round: round) })
+            {
+              #expect(sent.end <= trip.steps[index].begin)
+            }
+          }
+          func sum(_ rows: (Forecast.Stretch) -> Int, _ isMeant: (Action) -> Bool) -> Int {
+            trip.steps.filter { isMeant($0.action) }.reduce(0) { $0 + rows($1) }
+          }
+          func isSend(_ action: Action) -> Bool { if case .send = action { true } else { false } }
+          func isReturn(_ action: Action) -> Bool { if case .giveBack = action { true } else { false } }
+          func isCompute(_ action: Action) -> Bool {
+            switch action {
+            case .compute, .computeShadow: true
+            default: false
+            }
+          }
+          #expect(sum(\.leaving, isSend) == out && sum(\.arriving, isSend) == into)
+          #expect(sum(\.leaving, isReturn) == into && sum(\.arriving, isReturn) == out)
+          #expect(sum(\.computed, isCompute) == into + between(rank, rank) + own)
+          #expect(
+            trip.steps.filter { isSend($0.action) || isReturn($0.action) }.reduce(0) { $0 + $1.bytes.value }
+              == Double(2 * (out + into)) * shape.rowBytes.value)
+        }
+        #expect(rank == 0 || forecast.forward.seconds == forward, "a trip takes all workers as long")
+        forward = forecast.forward.seconds
+      }
+    }
+  }
+
+  /// Workers that share memory: what the report of a plan in place says.
+  @Test func forecastsInPlaceTakeWhatTheirReportSays() throws {
+    try Self.withRandom(44, times: 20) { numbers, _, batch, shape in
+      let rates = (0..<batch.traffic.workers).map { _ in
+        ComputeRates(.init(repeating: FlopRate(1e9 * Double(1 + numbers.below(9)))))
+      }
+      let report = rates.withUnsafeBufferPointer {
+        PlanReport.inPlace(batch.traffic, shape: shape, rates: $0.baseAddress!)
+      }
+      let cluster = try #require(rates.withUnsafeBufferPointer { Cluster.inPlace($0) })
+      let forecast = Forecast(
+        .coarse(workers: cluster.workers, shadows: []), batch.traffic, shape, on: cluster, of: cluster.workers - 1)
+      let got = (forecast.forward.seconds + forecast.backward.seconds).value
+      #expect(abs(got - report.planned.value) <= Self.rounding * got, "\(got), not \(report.planned.value)")
+    }
+  }
+
   @Test func documentsComeBackAsTheyWent() throws {
     let path = FileManager.default.temporaryDirectory.appending(path: "fastermoe-\(getpid()).json").path
     defer { try? FileManager.default.removeItem(atPath: path) }

@@ -1,0 +1,110 @@
+/// When one worker is expected to begin and end every step of a plan, and what moves or is computed in it.
+package struct Forecast {
+  package struct Stretch {
+    package let action: Action
+    /// From the beginning of the trip.
+    package let begin, end: Seconds
+    /// Rows that leave this worker for others, that come to it from others, and that it computes.
+    package fileprivate(set) var leaving = 0
+    package fileprivate(set) var arriving = 0
+    package fileprivate(set) var computed = 0
+    /// Sent and received.
+    package fileprivate(set) var bytes = Bytes(0)
+  }
+
+  package struct Trip {
+    /// In the order of the plan.
+    package let steps: [Stretch]
+    /// When the last worker is done, or the busiest link.
+    package let seconds: Seconds
+  }
+
+  package let forward: Trip
+  package let backward: Trip
+
+  /// O(steps·W + W² + W·E): every worker's steps are played to know one's.
+  package init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, on cluster: Cluster, of rank: Int) {
+    var volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
+    volumes.fetchesAgain = plan.backward.contains { if case .fetch = $0.action { true } else { false } }
+    let moving = volumes.moving
+    var simulator = Simulator(traffic, shape, on: cluster)
+    let costs = simulator.costs(plan.groups, volumes, moving)
+    let seat = cluster.seats[rank]
+    let volume = StepVolumes(plan, traffic, shape, moving, rank: rank, seat: seat)
+
+    func trip(_ steps: [Step], _ seconds: Seconds) -> Trip {
+      let timeline = Timeline(steps, costs, slowdown: cluster.slowdown, keeping: .everything)
+      return Trip(
+        steps: steps.enumerated().map { index, step in
+          let place = index * timeline.workers + seat
+          return volume.fill(
+            Stretch(
+              action: step.action, begin: Seconds(timeline.starts[place]), end: Seconds(timeline.ends[place])))
+        }, seconds: seconds)
+    }
+    forward = trip(plan.forward, costs.forward(plan.forward, slowdown: cluster.slowdown))
+    backward = trip(plan.backward, costs.backward(plan.backward, slowdown: cluster.slowdown))
+  }
+}
+
+/// What one worker moves and computes in each step of a plan.
+private struct StepVolumes {
+  let plan: Plan
+  let traffic: Traffic
+  let shape: Shape
+  let moving: RowsBetween
+  let rank, seat: Int
+
+  init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, _ moving: RowsBetween, rank: Int, seat: Int) {
+    (self.plan, self.traffic, self.shape, self.moving) = (plan, traffic, shape, moving)
+    (self.rank, self.seat) = (rank, seat)
+  }
+
+  func fill(_ step: Forecast.Stretch) -> Forecast.Stretch {
+    var step = step
+    switch step.action {
+    case .send(let round): (step.leaving, step.arriving) = (toTarget(round), fromSource(round))
+    case .giveBack(let round): (step.leaving, step.arriving) = (fromSource(round), toTarget(round))
+    case .compute(let round): step.computed = fromSource(round) + (round == 0 ? rows(seat, seat) : 0)
+    case .computeShadow(let shadow), .gradShadowWeights(let shadow):
+      step.computed = Int(traffic.counts[rank * traffic.experts + plan.shadows[shadow]])
+    case .gradWeights: step.computed = (0..<traffic.workers).reduce(0) { $0 + rows($1, seat) }
+    case .fetch, .reduce: step.bytes = shape.expertBytes
+    }
+    if step.leaving + step.arriving > 0 { step.bytes = shape.rowBytes * Double(step.leaving + step.arriving) }
+    return step
+  }
+
+  private func rows(_ source: Int, _ target: Int) -> Int { Int(moving.rows[source * traffic.workers + target]) }
+
+  /// Rows of this worker that other workers compute in a round.
+  private func toTarget(_ round: Int) -> Int {
+    let groups = plan.groups
+    return groups.seats(of: groups.target(of: groups.group(of: seat), round: round)).reduce(0) {
+      $0 + ($1 == seat ? 0 : rows(seat, $1))
+    }
+  }
+
+  /// Rows of other workers that this one computes in a round.
+  private func fromSource(_ round: Int) -> Int {
+    let groups = plan.groups
+    return groups.seats(of: groups.source(of: groups.group(of: seat), round: round)).reduce(0) {
+      $0 + ($1 == seat ? 0 : rows($1, seat))
+    }
+  }
+}
+
+extension Cluster {
+  /// Workers between whom nothing has to move, each as fast as it was measured; nil if they are too many for a cluster.
+  package static func inPlace(_ rates: UnsafeBufferPointer<ComputeRates>) -> Cluster? {
+    var document = Document()
+    document.places = [Document.Place(name: "process")]
+    document.workers = rates.enumerated().map { rank, rates in
+      let samples = ComputeRates.sampledRows
+      return Document.Worker(
+        name: "rank\(rank)", in: "process",
+        flops: samples.indices.map { Document.Sample(rows: samples[$0], rate: rates.rates[$0].value) })
+    }
+    return try? Cluster(document)
+  }
+}
