@@ -275,7 +275,11 @@ public func fmoe_backward(
 
 @_cdecl("fmoe_pass_write_timeline") @implementation
 public func fmoe_pass_write_timeline(_ pass: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  unsupported("fmoe_pass_write_timeline")
+  answer { () throws(Failure) in
+    let pass: Pass = try object(pass, "pass")
+    let path = try require(path, "path")
+    try pass.group.exclusively { () throws(Failure) in try pass.writeTimeline(to: path) }
+  }
 }
 
 @_cdecl("fmoe_pass_destroy") @implementation

@@ -179,7 +179,7 @@ static void test_null(void) {
   EXPECT(argument, fmoe_plan(NULL, NULL, &report));
   EXPECT(argument, fmoe_forward(NULL, output));
   EXPECT(argument, fmoe_backward(NULL, grad_output, grad_tokens, NULL));
-  EXPECT_EITHER(argument, unsupported, fmoe_pass_write_timeline(NULL, "x"));
+  EXPECT(argument, fmoe_pass_write_timeline(NULL, "x"));
   REFUSED(argument, argument, fmoe_cluster, fmoe_cluster_of_group(NULL, &out));
   EXPECT(argument, fmoe_cluster_of_group(group, NULL));
   REFUSED(FMOE_ERROR_STAGE, FMOE_ERROR_STAGE, fmoe_cluster, fmoe_cluster_of_group(group, &out)); /* nothing was measured */
@@ -190,7 +190,7 @@ static void test_null(void) {
   EXPECT(argument, fmoe_cluster_plan(NULL, NULL, NULL, NULL, NULL));
   fmoe_pass *pass = gated(layer);
   EXPECT(argument, fmoe_pass_routing(pass, NULL));
-  EXPECT_EITHER(argument, unsupported, fmoe_pass_write_timeline(pass, NULL));
+  EXPECT(argument, fmoe_pass_write_timeline(pass, NULL));
   EXPECT(argument, fmoe_forward(pass, NULL));
   EXPECT(FMOE_OK, fmoe_forward(pass, output)); /* a wrong call has changed nothing */
   EXPECT(argument, fmoe_backward(pass, NULL, grad_tokens, NULL));
@@ -609,8 +609,6 @@ static void test_not_yet(void) {
     options.gate = gate;
     refuse_layer(group, not_yet, not_yet, options);
   }
-  EXPECT(not_yet, fmoe_pass_write_timeline(pass, "/tmp/no-such-timeline"));
-  CHECK(access("/tmp/no-such-timeline", F_OK), "and no file is left behind");
   fmoe_pass_destroy(pass);
   check_step(layer);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);

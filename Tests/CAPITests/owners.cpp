@@ -117,8 +117,7 @@ static void test_errors() {
   CHECK(throws(FMOE_ERROR_FILE, [&] { layer.load("no-such-file"); }));
   layer.adamw(fastermoe::adamw_options(0.1));
   CHECK(throws(FMOE_ERROR_ARGUMENT, [&] { layer.adamw(fastermoe::adamw_options(-1)); }));
-  // Not in this version yet; a line goes when its feature comes.
-  CHECK(throws(FMOE_ERROR_UNSUPPORTED, [&] { layer.gate(x.data(), n).write_timeline("no-such-file"); }));
+  CHECK(throws(FMOE_ERROR_STAGE, [&] { layer.gate(x.data(), n).write_timeline("no-such-file"); }));
   CHECK(throws(FMOE_ERROR_FILE, [] { fastermoe::Cluster read(std::string("no-such-file")); }));
 }
 

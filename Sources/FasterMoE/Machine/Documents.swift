@@ -30,7 +30,7 @@ package enum Documents {
 
   /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one. What is there and no file, such
   /// as a device or a link, stays.
-  package static func write(_ value: some Codable, to path: UnsafePointer<CChar>) throws(Failure) {
+  package static func write(_ value: some Encodable, to path: UnsafePointer<CChar>) throws(Failure) {
     let data: Data
     do { data = try encoder.encode(value) + [UInt8(ascii: "\n")] } catch {
       throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
