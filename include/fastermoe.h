@@ -239,7 +239,11 @@ fmoe_status fmoe_forward(fmoe_pass *pass, float *output /* [n, d] */); /* collec
 fmoe_status fmoe_backward(fmoe_pass *pass, const float *grad_output /* [n, d] */, float *grad_tokens /* [n, d], overwritten */,
                           float *grad_weights /* [n, k] of fmoe_route's weights, overwritten, may be NULL; NULL after
                                                  fmoe_gate */); /* collective */
-fmoe_status fmoe_pass_write_timeline(fmoe_pass *pass, const char *path); /* what ran when: Chrome trace JSON */
+/* From forward on: what ran when on this rank, computing and communicating, as Chrome trace JSON, which ui.perfetto.dev and
+ * chrome://tracing open.  Beside it stands what was predicted, if fmoe_plan made a report for any rank.  Times are those of
+ * the host's CLOCK_MONOTONIC, so that files of ranks on one host fit together.  Replaces the file as a whole; a link or a
+ * device is refused.  Recording cannot be turned off and takes no time to speak of; docs/model.md says how to read it. */
+fmoe_status fmoe_pass_write_timeline(fmoe_pass *pass, const char *path);
 void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the layer's next passes */
 
 /* ---- cluster: predict without running ------------------------------------------------------ */
