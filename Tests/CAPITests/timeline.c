@@ -123,7 +123,7 @@ static const char *text_in(const json *v, const char *key) {
 typedef struct piece {
   int process, lane, rank; /* rank: at the other end, -1 */
   const char *name, *category, *trip;
-  double begin, end, rows, bytes, expert;
+  double begin, end, rows, bytes, round;
 } piece;
 
 enum { MOST_PIECES = 20000 };
@@ -167,7 +167,7 @@ static trace *trace_read(const char *path) {
       .process = (int)number_in(e, "pid", 0), .lane = (int)number_in(e, "tid", 0), .rank = (int)number_in(args, "rank", -1),
       .name = text_in(e, "name"), .category = text_in(e, "cat"), .trip = text_in(args, "trip"), .begin = begin,
       .end = begin + length, .rows = number_in(args, "rows", 0), .bytes = number_in(args, "bytes", 0),
-      .expert = number_in(args, "expert", -1)};
+      .round = number_in(args, "round", -1)};
     CHECK(begin >= 0 && length >= 0 && number_in(e, "tid", 0) >= 1 && number_in(args, "waited_us", 0) >= 0,
           "%s: %g us from %g", text_in(e, "name"), length, begin);
   }
@@ -365,6 +365,22 @@ static void test_local(void) {
     }
 }
 
+/* No row is computed before rows of its round have begun to come, from the one rank that sends in it. */
+static void check_arrivals(const char *what, const trace *t, int process) {
+  int pairs = 0;
+  for (int i = 0; i < t->count; i++)
+    for (int j = 0; j < t->count; j++) {
+      const piece *s = &t->pieces[i], *c = &t->pieces[j];
+      if (s->process != process || c->process != process || strncmp(s->name, "S ", 2) || !strstr(s->name, "←") ||
+          strncmp(c->name, "C ", 2) || c->round != s->round || strcmp(c->trip, s->trip))
+        continue;
+      pairs++;
+      CHECK(c->begin >= s->begin - rounding_us, "%s: \"%s\" begins %g us before \"%s\"", what, c->name,
+            s->begin - c->begin, s->name);
+    }
+  CHECK(pairs >= 6, "%s: %d computes of rows that came", what, pairs);
+}
+
 /* Over a transport: rows travel while experts compute, but not with the coarse schedule. */
 static void test_schedules(void) {
   static const int64_t tokens[4] = {512, 512, 512, 512}, few[4] = {24, 24, 24, 24};
@@ -376,6 +392,7 @@ static void test_schedules(void) {
                 .name = schedule == 1 ? "coarse" : "pairwise"};
     play(c, &at);
     double shared = 0;
+    for (int32_t r = 0; r < 4 && schedule == 2; r++) check_arrivals(at.name, at.trace[r], process_of(at.trace[r], r, "measured"));
     for (int32_t r = 0; r < 4; r++) shared += overlap(at.trace[r], process_of(at.trace[r], r, "measured"), "SR");
     if (schedule == 1) CHECK(shared <= 100 * rounding_us, "coarse: rows travel for %g us while experts compute", shared);
     else CHECK(small || shared > 1000, "pairwise: rows travel for only %g us while experts compute", shared);

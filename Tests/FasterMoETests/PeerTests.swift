@@ -144,6 +144,8 @@ final class Mailbox: @unchecked Sendable {
               into.baseAddress! + peer * bytes, bytes, from: peer, times: received + peer * size + peers.rank)
             peers.wire.send(from.baseAddress!, bytes, to: peer, times: sent + peers.rank * size + peer)
           }
+          // One is late: the others wait for it, and that is not when its bytes move.
+          if peers.rank == 0 { usleep(200_000) }
           try peers.wire.run()
         }
       }
@@ -154,6 +156,7 @@ final class Mailbox: @unchecked Sendable {
         #expect(start <= times.asked && times.asked <= times.begin && times.begin < times.end && times.end <= end)
       }
       #expect(from.asked <= received[pair].end)
+      if pair / size == 0 { #expect(received[pair].begin.value - received[pair].asked.value > 0.1) }
     }
   }
 
