@@ -136,7 +136,7 @@ static void test_set_last_error(void) {
 /* ---- NULL ---------------------------------------------------------------------------------- */
 
 static void test_null(void) {
-  const fmoe_status argument = FMOE_ERROR_ARGUMENT, unsupported = FMOE_ERROR_UNSUPPORTED;
+  const fmoe_status argument = FMOE_ERROR_ARGUMENT;
   fmoe_group *group = alone();
   fmoe_layer *layer = layer_with(group, layer_options());
   fmoe_layer_options options = layer_options();

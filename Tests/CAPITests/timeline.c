@@ -318,7 +318,8 @@ static void play(crew *c, scene *at) {
     CHECK(measured && !predicted == !at->reports, "%s: processes %d and %d", at->name, measured, predicted);
     CHECK(is_named(t, "thread_name", measured, "calls") && is_named(t, "thread_name", measured, "communication") &&
               is_named(t, "thread_name", measured, "computation"), "%s: rank %d has its lanes", at->name, r);
-    CHECK(!predicted || (is_named(t, "thread_name", predicted, "communication") &&
+    CHECK(!predicted || (is_named(t, "thread_name", predicted, "communication, to others") &&
+                        is_named(t, "thread_name", predicted, "communication, from others") &&
                          is_named(t, "thread_name", predicted, "computation")), "%s: and as predicted", at->name);
     check_order(at->name, t);
     check_traffic(c, at, r);

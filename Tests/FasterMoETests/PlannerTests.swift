@@ -648,18 +648,21 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
         )
         for (trip, steps) in [(forecast.forward, plan.forward), (forecast.backward, plan.backward)] {
           #expect(trip.steps.map(\.action) == steps.map(\.action))
-          #expect(trip.steps.allSatisfy { $0.begin <= $0.end && $0.end <= trip.seconds })
-          for (index, step) in steps.enumerated() {
-            let lane = step.action.communicates
-            let before = steps[..<index].lastIndex { $0.action.communicates == lane } ?? -1
-            for first in [before, step.after] where first >= 0 {
-              #expect(trip.steps[first].end <= trip.steps[index].begin)
-            }
-            if case .compute(let round) = step.action,
-              let sent = trip.steps.first(where: { $0.action == .send(round: round) })
-            {
-              #expect(sent.end <= trip.steps[index].begin)
-            }
+          let spans = [
+            trip.steps.map(\.computes), trip.steps.map(\.sends), trip.steps.map(\.receives),
+          ].map { lane in lane.filter { !$0.isEmpty } }
+          for lane in spans {
+            #expect(lane.allSatisfy { $0.upperBound <= trip.seconds })
+            for (one, next) in zip(lane, lane.dropFirst()) { #expect(one.upperBound <= next.lowerBound) }
+          }
+          for (index, step) in steps.enumerated() where step.after >= 0 {
+            let (cause, effect) = (trip.steps[step.after], trip.steps[index])
+            guard !effect.computes.isEmpty, !cause.receives.isEmpty else { continue }
+            // What comes block by block is computed so; nothing else begins before what it needs is whole.
+            var isByBlocks = false
+            if case .compute = step.action { isByBlocks = plan.overlaps }
+            #expect(cause.receives.upperBound <= (isByBlocks ? effect.computes.upperBound : effect.computes.lowerBound))
+            #expect(cause.receives.lowerBound <= effect.computes.lowerBound)
           }
           func sum(_ rows: (Forecast.Stretch) -> Int, _ isMeant: (Action) -> Bool) -> Int {
             trip.steps.filter { isMeant($0.action) }.reduce(0) { $0 + rows($1) }
@@ -689,12 +692,13 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
   @Test func forecastsInPlaceTakeWhatTheirReportSays() throws {
     try Self.withRandom(44, times: 20) { numbers, _, batch, shape in
       let rates = (0..<batch.traffic.workers).map { _ in
-        ComputeRates(.init(repeating: FlopRate(1e9 * Double(1 + numbers.below(9)))))
+        WorkerRates(
+          ComputeRates(
+            products: SIMD8(repeating: 1e9 * Double(1 + numbers.below(9))),
+            weightGrads: SIMD8(repeating: 1e9 * Double(1 + numbers.below(9))), rowHandling: ByteRate(1e9)))
       }
-      let report = rates.withUnsafeBufferPointer {
-        PlanReport.inPlace(batch.traffic, shape: shape, rates: $0.baseAddress!)
-      }
-      let cluster = try #require(rates.withUnsafeBufferPointer { Cluster.inPlace($0) })
+      let report = PlanReport.inPlace(batch.traffic, shape: shape, rates: rates)
+      let cluster = try #require(Cluster.inPlace(rates))
       let forecast = Forecast(
         .coarse(workers: cluster.workers, shadows: []), batch.traffic, shape, on: cluster, of: cluster.workers - 1)
       let got = (forecast.forward.seconds + forecast.backward.seconds).value

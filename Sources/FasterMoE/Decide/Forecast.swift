@@ -2,8 +2,8 @@
 package struct Forecast {
   package struct Stretch {
     package let action: Action
-    /// From the beginning of the trip.
-    package let begin, end: Seconds
+    /// From the beginning of the trip: when it computes, or when messages leave it and reach it; empty where none do.
+    package let computes, sends, receives: Range<Seconds>
     /// Rows that leave this worker for others, that come to it from others, and that it computes.
     package fileprivate(set) var leaving = 0
     package fileprivate(set) var arriving = 0
@@ -25,25 +25,28 @@ package struct Forecast {
   /// O(steps·W + W² + W·E): every worker's steps are played to know one's.
   package init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, on cluster: Cluster, of rank: Int) {
     var volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
-    volumes.fetchesAgain = plan.backward.contains { if case .fetch = $0.action { true } else { false } }
+    volumes.fetchesAgain = plan.fetchesAgain
     let moving = volumes.moving
     var simulator = Simulator(traffic, shape, on: cluster)
     let costs = simulator.costs(plan.groups, volumes, moving)
     let seat = cluster.seats[rank]
     let volume = StepVolumes(plan, traffic, shape, moving, rank: rank, seat: seat)
 
+    func span(_ seconds: Range<Double>) -> Range<Seconds> { Seconds(seconds.lowerBound)..<Seconds(seconds.upperBound) }
     func trip(_ steps: [Step], _ seconds: Seconds) -> Trip {
-      let timeline = Timeline(steps, costs, slowdown: cluster.slowdown, keeping: .everything)
+      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
       return Trip(
         steps: steps.enumerated().map { index, step in
           let place = index * timeline.workers + seat
           return volume.fill(
             Stretch(
-              action: step.action, begin: Seconds(timeline.starts[place]), end: Seconds(timeline.ends[place])))
+              action: step.action,
+              computes: step.action.communicates ? span(0..<0) : span(timeline.starts[place]..<timeline.ends[place]),
+              sends: span(timeline.sent[place]), receives: span(timeline.received[place])))
         }, seconds: seconds)
     }
-    forward = trip(plan.forward, costs.forward(plan.forward, slowdown: cluster.slowdown))
-    backward = trip(plan.backward, costs.backward(plan.backward, slowdown: cluster.slowdown))
+    forward = trip(plan.forward, costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown))
+    backward = trip(plan.backward, costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown))
   }
 }
 
@@ -96,14 +99,13 @@ private struct StepVolumes {
 
 extension Cluster {
   /// Workers between whom nothing has to move, each as fast as it was measured; nil if they are too many for a cluster.
-  package static func inPlace(_ rates: UnsafeBufferPointer<ComputeRates>) -> Cluster? {
+  package static func inPlace(_ rates: [WorkerRates]) -> Cluster? {
     var document = Document()
     document.places = [Document.Place(name: "process")]
     document.workers = rates.enumerated().map { rank, rates in
-      let samples = ComputeRates.sampledRows
-      return Document.Worker(
-        name: "rank\(rank)", in: "process",
-        flops: samples.indices.map { Document.Sample(rows: samples[$0], rate: rates.rates[$0].value) })
+      Document.Worker(
+        name: "rank\(rank)", in: "process", flops: rates.products.samples, weightFlops: rates.weightGrads.samples,
+        rowHandling: rates.rowHandling.value)
     }
     return try? Cluster(document)
   }

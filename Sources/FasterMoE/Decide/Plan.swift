@@ -100,20 +100,23 @@ package struct PlanReport {
   package static func inPlace(_ traffic: Traffic, shape: Shape, rates: [WorkerRates]) -> PlanReport {
     var report = PlanReport()
     var work = Flops(0)
+    var (forward, backward) = (Seconds(0), Seconds(0))
     for worker in 0..<traffic.workers {
-      var busy = Seconds(0)
+      var (rowsTake, weightsTake) = (Seconds(0), Seconds(0))
       for expert in traffic.owned(by: worker) {
         let rows = traffic.rows(for: expert)
-        guard rows > 0 else { continue }
         work = work + shape.flops(rows: rows)
-        busy =
-          busy + shape.seconds(rows: rows, at: rates[worker]) * 2 + shape.weightSeconds(rows: rows, at: rates[worker])
+        rowsTake = rowsTake + shape.seconds(rows: rows, at: rates[worker])
+        weightsTake = weightsTake + shape.weightSeconds(rows: rows, at: rates[worker])
       }
-      report.planned = max(report.planned, busy)
+      forward = max(forward, rowsTake)
+      backward = max(backward, rowsTake + weightsTake)
+      report.ideal = max(report.ideal, rowsTake * 2 + weightsTake)
     }
+    // All meet in between.
+    report.planned = forward + backward
     report.plain = report.planned
-    report.ideal = report.planned
-    report.semiIdeal = report.planned
+    report.semiIdeal = report.ideal
     if work.value > 0 { report.flopRatePerWorker = Flops(work.value / Double(traffic.workers)) / report.planned }
     return report
   }

@@ -189,6 +189,9 @@ package struct Timeline {
   /// [steps, W] by seat, in seconds from the beginning of the trip; only while they are needed if that is all to keep.
   package private(set) var starts: [Double]
   package private(set) var ends: [Double]
+  /// [steps, W] when messages of each step leave a worker and reach it, if everything is kept; empty where none do.
+  package private(set) var sent: [Range<Double>] = []
+  package private(set) var received: [Range<Double>] = []
   /// When the last worker has done its last step.
   package private(set) var end = Seconds(0)
 
@@ -202,8 +205,9 @@ package struct Timeline {
     var last = 0.0
     starts.withUnsafeMutableBufferPointer { starts in
       ends.withUnsafeMutableBufferPointer { ends in
-        var player = Player(steps, costs, overlaps: overlaps, slowdown: slowdown, rows, starts, ends)
+        var player = Player(steps, costs, overlaps: overlaps, slowdown: slowdown, keeping, rows, starts, ends)
         for index in steps.indices { player.play(index) }
+        (sent, received) = (player.sent, player.received)
         last = max(player.sending.reduce(0, max), player.receiving.reduce(0, max), player.computing.reduce(0, max))
       }
     }
@@ -241,12 +245,13 @@ package struct Timeline {
     /// [groups] when all workers of each may send, have all to send and may receive, and what then happens.
     var mayStart, mayEnd, mayReceive: [Double]
     var sends, receives: [(start: Double, end: Double)]
+    var sent, received: [Range<Double>]
     /// The communication steps so far; [W] the first of them that may not have ended when the next compute begins.
     var talks: [Int] = []
     var firstTalk: [Int]
 
     init(
-      _ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double, _ rows: [Int],
+      _ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double, _ keeping: Keeping, _ rows: [Int],
       _ starts: UnsafeMutableBufferPointer<Double>, _ ends: UnsafeMutableBufferPointer<Double>
     ) {
       (self.steps, self.costs, self.overlaps, self.slowdown, self.rows) = (steps, costs, overlaps, slowdown, rows)
@@ -259,6 +264,8 @@ package struct Timeline {
       mayReceive = mayStart
       sends = Array(repeating: (0, 0), count: costs.groups.count)
       receives = sends
+      sent = Array(repeating: 0..<0, count: keeping == .everything ? steps.count * costs.groups.workers : 0)
+      received = sent
       firstTalk = Array(repeating: 0, count: costs.groups.workers)
     }
 
@@ -343,6 +350,7 @@ package struct Timeline {
         for seat in groups.seats(of: group) {
           sending[seat] = max(sending[seat], sent.end)
           receiving[seat] = max(receiving[seat], received.end)
+          keep(index, seat, sent, received)
           finish(index, seat, max(0, whole.0), max(0, whole.1))
         }
       }
@@ -360,10 +368,21 @@ package struct Timeline {
       for seat in computing.indices {
         if seat != last { sending[seat] = start + seconds }
         if seat != first { receiving[seat] = start + seconds }
+        let move = (start: start, end: start + seconds)
+        keep(index, seat, seat == last ? Player.never : move, seat == first ? Player.never : move)
         let isHere = overlaps && seat == first
         finish(index, seat, isHere ? 0 : start, isHere ? 0 : start + seconds)
       }
       talks.append(index)
+    }
+
+    @inline(__always)
+    private mutating func keep(
+      _ index: Int, _ seat: Int, _ sent: (start: Double, end: Double), _ received: (start: Double, end: Double)
+    ) {
+      guard !self.sent.isEmpty else { return }
+      self.sent[index * computing.count + seat] = max(0, sent.start)..<max(0, sent.end)
+      self.received[index * computing.count + seat] = max(0, received.start)..<max(0, received.end)
     }
 
     /// When the step of the other lane that this one waits for is over.

@@ -103,7 +103,9 @@ extension PassContext {
         if part < rowTasks {
           guard round < blocks.count else { continue }
           // The slot's block before this one must have left it.
-          if round > workspace.lag { wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks, &ready) }
+          if round > workspace.lag {
+            wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks, &ready)
+          }
           makeRowGradients(round, part, of: rowTasks, &ready)
         } else if round >= workspace.lag {
           makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks, &ready)

@@ -256,7 +256,7 @@ package final class Pass: TeamWork {
     try Planner.check(workers: group.size, experts: shape.experts)
     var planner = Planner(store.traffic, shape, on: cluster)
     let (plan, report) = try planner.plan(request)
-    self.plan = plan
+    (self.plan, isPredicted) = (plan, true)
     return report
   }
 

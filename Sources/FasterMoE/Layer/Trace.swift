@@ -57,9 +57,9 @@ struct Trace: Encodable {
   static func measured(_ rank: Int) -> Int { 2 * rank + 1 }
   static func predicted(_ rank: Int) -> Int { 2 * rank + 2 }
   private static let calls = 1
-  /// Of a plan's two lanes; of what is measured, `communication` has what all ranks do together.
+  /// What all ranks do together.
   private static let communication = 2
-  private static let computation = 3
+  private static let (predictedOut, predictedIn, predictedComputation) = (2, 3, 4)
   private static func stream(_ peer: Recording.Peer) -> Int {
     switch peer {
     case .none: communication
@@ -146,7 +146,8 @@ struct Trace: Encodable {
     // Ranks have met when work begins; a rank alone has nobody to meet.
     let started = entries.last { $0.kind == .meetForward }?.times.end ?? forward.begin
     let turned = entries.last { $0.kind == .meetBackward }?.times.end ?? backward?.begin
-    add(forecast, plan, of: pass.group.rank, forward: started, backward: turned)
+    add(
+      forecast, plan, rowBytes: pass.shape.rowBytes, of: pass.group.rank, forward: started, backward: turned)
   }
 
   private static func words(_ entry: Recording.Entry, _ pass: Pass) -> (words: String, category: Category) {
@@ -200,52 +201,70 @@ struct Trace: Encodable {
 
   // MARK: Predicted
 
-  private mutating func add(_ forecast: Forecast, _ plan: Plan, of rank: Int, forward: Seconds, backward: Seconds?) {
+  private mutating func add(
+    _ forecast: Forecast, _ plan: Plan, rowBytes: Bytes, of rank: Int, forward: Seconds, backward: Seconds?
+  ) {
     let process = Trace.predicted(rank)
     name(process: process, "rank \(rank), predicted")
     name(lane: Trace.calls, of: process, "calls")
-    name(lane: Trace.communication, of: process, "communication")
-    name(lane: Trace.computation, of: process, "computation")
+    name(lane: Trace.predictedOut, of: process, "communication, to others")
+    name(lane: Trace.predictedIn, of: process, "communication, from others")
+    name(lane: Trace.predictedComputation, of: process, "computation")
     for (trip, direction, start) in [(forecast.forward, .forward, forward), (forecast.backward, .backward, backward)]
       as [(Forecast.Trip, Direction, Seconds?)]
     {
       guard let start else { continue }
       add(
         direction.rawValue, .call, Trace.calls, process, start, start + trip.seconds, Arguments(trip: direction))
-      // A step in which this worker has no part takes no time.
-      for step in trip.steps where step.end > step.begin {
+      for step in trip.steps {
         var arguments = Arguments(trip: direction)
-        if step.bytes.value > 0 { arguments.bytes = Int(step.bytes.value) }
-        let words: String
-        switch step.action {
-        case .send(let round), .giveBack(let round):
-          let letter = if case .send = step.action { "S" } else { "R" }
-          words = "\(letter) round \(round), \(step.leaving) rows →, \(step.arriving) rows ←"
-          (arguments.round, arguments.rows) = (round, step.leaving + step.arriving)
-        case .fetch(let shadow):
-          words = "fetch expert \(plan.shadows[shadow])"
-          arguments.expert = plan.shadows[shadow]
-        case .reduce(let shadow):
-          words = "reduce gradients of expert \(plan.shadows[shadow])"
-          arguments.expert = plan.shadows[shadow]
-        case .compute(let round):
-          words = "C round \(round), \(direction == .backward ? "gradients of " : "")\(step.computed) rows"
-          (arguments.round, arguments.rows) = (round, step.computed)
-        case .computeShadow(let shadow):
-          words =
-            "C shadow of expert \(plan.shadows[shadow]), \(direction == .backward ? "gradients of " : "")\(step.computed) rows"
-          (arguments.expert, arguments.shadow, arguments.rows) = (plan.shadows[shadow], true, step.computed)
-        case .gradWeights:
-          words = "W weight gradients of \(step.computed) rows"
-          arguments.rows = step.computed
-        case .gradShadowWeights(let shadow):
-          words = "W shadow of expert \(plan.shadows[shadow]), weight gradients of \(step.computed) rows"
-          (arguments.expert, arguments.shadow, arguments.rows) = (plan.shadows[shadow], true, step.computed)
+        func add(_ words: String, _ lane: Int, _ span: Range<Seconds>) {
+          // A step in which this worker has no part takes no time.
+          guard !span.isEmpty else { return }
+          let category = step.action.communicates ? Category.communication : .computation
+          self.add(words, category, lane, process, start + span.lowerBound, start + span.upperBound, arguments)
         }
-        add(
-          words, step.action.communicates ? .communication : .computation,
-          step.action.communicates ? Trace.communication : Trace.computation, process, start + step.begin,
-          start + step.end, arguments)
+        /// Both directions, with the rows that each moves, or as many bytes as there are.
+        func add(_ words: String, out: Int? = nil, in: Int? = nil) {
+          for (lane, span, rows, way) in [
+            (Trace.predictedOut, step.sends, out, "→"), (Trace.predictedIn, step.receives, `in`, "←"),
+          ] {
+            arguments.rows = rows
+            arguments.bytes = Int(rows.map { rowBytes * Double($0) }?.value ?? step.bytes.value)
+            add("\(words) \(way)\(rows.map { " \($0) rows" } ?? "")", lane, span)
+          }
+        }
+        let grads = direction == .backward ? "gradients of " : ""
+        switch step.action {
+        case .send(let round):
+          arguments.round = round
+          add("S round \(round)", out: step.leaving, in: step.arriving)
+        case .giveBack(let round):
+          arguments.round = round
+          add("R round \(round)", out: step.leaving, in: step.arriving)
+        case .fetch(let shadow):
+          arguments.expert = plan.shadows[shadow]
+          add("fetch expert \(plan.shadows[shadow])")
+        case .reduce(let shadow):
+          arguments.expert = plan.shadows[shadow]
+          add("reduce gradients of expert \(plan.shadows[shadow])")
+        case .compute(let round):
+          (arguments.round, arguments.rows) = (round, step.computed)
+          add("C round \(round), \(grads)\(step.computed) rows", Trace.predictedComputation, step.computes)
+        case .computeShadow(let shadow):
+          (arguments.expert, arguments.shadow, arguments.rows) = (plan.shadows[shadow], true, step.computed)
+          add(
+            "C shadow of expert \(plan.shadows[shadow]), \(grads)\(step.computed) rows", Trace.predictedComputation,
+            step.computes)
+        case .gradWeights:
+          arguments.rows = step.computed
+          add("W weight gradients of \(step.computed) rows", Trace.predictedComputation, step.computes)
+        case .gradShadowWeights(let shadow):
+          (arguments.expert, arguments.shadow, arguments.rows) = (plan.shadows[shadow], true, step.computed)
+          add(
+            "W shadow of expert \(plan.shadows[shadow]), weight gradients of \(step.computed) rows",
+            Trace.predictedComputation, step.computes)
+        }
       }
     }
   }
@@ -289,8 +308,10 @@ extension Pass {
 
   /// The plan and the cluster with which this pass was planned, if it was planned with a prediction.
   var prediction: (plan: Plan, cluster: Cluster)? {
-    guard isPredicted, let rates = group.knownRates, let cluster = Cluster.inPlace(rates) else { return nil }
-    return (.coarse(workers: group.size, shadows: shadows), cluster)
+    guard isPredicted, let cluster = (try? layer!.cluster) ?? group.rates.flatMap({ Cluster.inPlace($0) }) else {
+      return nil
+    }
+    return (plan, cluster)
   }
 
   /// Of a block's task: the expert, whether it is a copy, and the round that brought the rows where there are several.
@@ -302,7 +323,7 @@ extension Pass {
     let index = Int(entry.place)
     let (expert, owned) = (Int(inbox.blocks[index].expert), layer!.owned)
     if expert >= owned.count { return (shadows[expert - owned.count], true, nil) }
-    let round = (0..<rounds.count).last { inbox.roundBlocks[$0] <= index }
+    let round = (0..<rounds.count).first { inbox.roundBlocks[$0].contains(index) }
     return (owned.lowerBound + expert, false, rounds.count > 1 ? round : nil)
   }
 }

@@ -195,11 +195,6 @@ package final class Group {
     if rank == 0, let profile { try Documents.write(Profile(calibration, places, threads: threads), to: profile) }
   }
 
-  /// [W] of all workers, if they have been measured.
-  package var knownRates: UnsafeBufferPointer<ComputeRates>? {
-    haveMeasuredRates ? UnsafeBufferPointer(start: measuredRates, count: size) : nil
-  }
-
   private func workspaceBase(_ bytes: Int) -> UnsafeMutableRawPointer? {
     switch workspace {
     case .some(let region): region.bytes >= bytes ? region.base : nil

@@ -2,7 +2,8 @@
 /// different calls still understand each other.
 package struct Notice: BitwiseCopyable {
   package enum Call: UInt32 {
-    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce, calibrate, clusterOfGroup, save, load
+    case createGroup = 1, createLayer, gate, route, plan, forward, backward, reduce, calibrate, clusterOfGroup, save,
+      load
 
     var name: String {
       switch self {
