@@ -19,7 +19,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test bench bench-adamw bench-hosts install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test bench bench-adamw bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -109,6 +109,10 @@ bench-adamw: packages-build stage
 # Speeds between hosts, which are network namespaces of this machine with shaped links; needs root.
 bench-hosts: packages-test stage
 	Benchmarks/hosts.sh $(STAGE) $(OUT)
+
+# Strategies and predictions between such hosts.
+bench-predict: packages-test stage
+	Benchmarks/predict.sh $(STAGE) $(OUT)
 
 format:
 	$(SWIFT) format -i -r Sources Tests Package.swift

@@ -1,11 +1,11 @@
 /* predict: what the library predicts beside what it then measures, over MPI; and strategies beside each other.
  *
- *   mpirun -n W predict --link NAME [--csv FILE] [--repeats N] [--calibrate SECONDS]
+ *   mpirun -n W predict --link NAME [--csv FILE] [--repeats N] [--calibrate SECONDS] [--cluster FILE.json]
  *
  * The group calibrates itself. Then for several layers and routings, even to one expert with half of all rows, five plans take
  * turns: FastMoE's (coarse, no shadow), no shadow as predicted best, the paper's Algorithm 1, ZeRO stage 3, and what the
  * library chooses. A step is plan + forward + backward of fmoe_route's pass; seconds are the median over repeats of the
- * slowest rank's. CSV: a line for each case, appended. */
+ * slowest rank's. CSV: a line for each case, appended; --cluster keeps what was measured. */
 #include <fastermoe_mpi.h>
 #include <math.h>
 #include <stdio.h>
@@ -78,7 +78,7 @@ static int by_size(const void *a, const void *b) {
 
 int main(int argc, char **argv) {
   int provided, rank, size, repeats = 5;
-  const char *link = "this network", *path = NULL;
+  const char *link = "this network", *path = NULL, *cluster_file = NULL;
   double calibrate = 3;
   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
@@ -86,6 +86,7 @@ int main(int argc, char **argv) {
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!strcmp(argv[i], "--link")) link = argv[i + 1];
     else if (!strcmp(argv[i], "--csv")) path = argv[i + 1];
+    else if (!strcmp(argv[i], "--cluster")) cluster_file = argv[i + 1];
     else if (!strcmp(argv[i], "--repeats")) repeats = atoi(argv[i + 1]);
     else if (!strcmp(argv[i], "--calibrate")) calibrate = atof(argv[i + 1]);
   }
@@ -102,6 +103,10 @@ int main(int argc, char **argv) {
   fmoe_group_options one = {.struct_size = sizeof one, .threads = 1};
   CHECK(fmoe_group_create_mpi(MPI_COMM_WORLD, &one, &group));
   CHECK(fmoe_group_calibrate(group, calibrate));
+  fmoe_cluster *cluster;
+  CHECK(fmoe_cluster_of_group(group, &cluster));
+  if (rank == 0 && cluster_file) CHECK(fmoe_cluster_write(cluster, cluster_file));
+  fmoe_cluster_destroy(cluster);
   if (rank == 0) {
     printf("%d workers, %s; a step in ms, predicted / measured:\n%-24s %-9s", size, link, "n, d, h, E, k", "rows");
     for (int plan = 0; plan < PLANS; plan++) printf(" %20s", plans[plan]);
@@ -124,7 +129,8 @@ int main(int argc, char **argv) {
       fmoe_plan_report report[PLANS];
       route(choices, s, routing, (uint64_t)(rank + 1) * 7919);
       for (int r = -1; r < repeats; r++)
-        for (int plan = 0; plan < PLANS; plan++) {
+        for (int turn = 0; turn < PLANS; turn++) {
+          const int plan = (turn + r + 1) % PLANS; /* nobody always comes after the same one */
           fmoe_pass *pass;
           double begin, mine, slowest;
           report[plan] = (fmoe_plan_report){.struct_size = sizeof report[plan]};

@@ -212,7 +212,7 @@ typedef struct fmoe_plan_options {
   const uint8_t *shadows;                 /* [E] 0/1, equal on all ranks; read only when shadowing is 2 */
 } fmoe_plan_options;
 typedef struct fmoe_plan_report {         /* predictions are for forward + backward of this batch; the first report that a
-                                             group is asked for measures its speed: some 20 ms with a core a thread.  Over a
+                                             group is asked for measures its speed: some tenths of a second.  Over a
                                              transport there is none before fmoe_group_calibrate or a
                                              profile: FMOE_ERROR_UNSUPPORTED */
   uint32_t struct_size;                   /* in: room; out: bytes written */

@@ -215,7 +215,7 @@ static void test_profiles(void) {
           {"\"threads\" : 1", "\"threads\" : 2"}, {"\"host\" : 0", "\"host\" : 1"}, {"\"package\" : 0", "\"package\" : 3"},
           {"\"numa_node\" : 0", "\"numa_node\" : 1"}, {"\"cores\" : ", "\"cores\" : 9"}, {"x86-64-v", "x86-64-w"},
           {"\"processor\" : \"", "\"processor\" : \"Other "}, {"\"fastermoe_profile\" : 1", "\"fastermoe_profile\" : 2"},
-          {"\"within_hosts\"", "\"between_hosts\""}, {"\"computing_slowdown\" : ", "\"computing_slowdown\" : -"},
+          {"\"within_hosts\"", "\"between_hosts\""}, {"\"message_slowdown\" : ", "\"message_slowdown\" : -"},
           {"\"latency_seconds\" : ", "\"latency_seconds\" : -"}, {"\"bytes_per_second\" : ", "\"bytes_per_second\" : -"},
           {"\"workers\"", "\"worker\""}, {"{", "["}, {"576", "577"},
       };

@@ -29,27 +29,30 @@ import Testing
     let places = try Self.places([[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]])
     let calibration = Calibration(
       rates: (1...4).map { Self.rates(Double($0) * 1e9) }, withinHosts: Self.link(4e-6, 8e9),
-      betweenHosts: Self.link(3e-5, 1e9), slowdown: 1.25)
+      betweenHosts: Self.link(3e-5, 1e9), messageSlowdown: 1.5)
     let cluster = try Cluster(Cluster.Document(places, calibration))
     #expect(cluster.ranks == places.leaves && cluster.ranks == [0, 2, 1, 3])
     let (near, far) = (cluster.cost(from: 0, to: 1), cluster.cost(from: 1, to: 2))
     #expect(abs(near.latency - 4e-6) < 1e-12 && near.slowness == 1 / 8e9)
     #expect(abs(far.latency - 3e-5) < 1e-12 && far.slowness == 1 / 1e9)
     #expect(
-      cluster.slowdown == 1.25 && cluster.rates[1].products == WorkerRates(Self.rates(3e9)).products,
+      cluster.messageSlowdown == 1.5
+        && cluster.rates[1].products == WorkerRates(Self.rates(3e9)).products,
       "rank 2 is on seat 1")
     // Alone on their hosts, ranks have no links of their own.
     let apart = try Cluster(
       Cluster.Document(
         try Self.places([[0, 0, 0], [1, 0, 0]]),
         Calibration(
-          rates: [Self.rates(1), Self.rates(1)], withinHosts: nil, betweenHosts: Self.link(3e-5, 1e9), slowdown: 1)))
+          rates: [Self.rates(1), Self.rates(1)], withinHosts: nil, betweenHosts: Self.link(3e-5, 1e9),
+          messageSlowdown: 1)))
     #expect(abs(apart.cost(from: 0, to: 1).latency - 3e-5) < 1e-12)
     // Who shares memory has none at all.
     let together = try Cluster(
       Cluster.Document(
         try Self.places([[0, 0, 0], [0, 0, 0]]),
-        Calibration(rates: [Self.rates(1), Self.rates(1)], withinHosts: nil, betweenHosts: nil, slowdown: 1)))
+        Calibration(
+          rates: [Self.rates(1), Self.rates(1)], withinHosts: nil, betweenHosts: nil, messageSlowdown: 1)))
     #expect(together.cost(from: 0, to: 1) == Cluster.Cost())
   }
 
@@ -62,7 +65,7 @@ import Testing
         (0..<workers).map { _ in (0..<3).map { _ in Int32(numbers.below(3)) } })
       let calibration = Calibration(
         rates: (0..<workers).map { _ in Self.rates(1e9) }, withinHosts: Self.link(1e-6, 1e9),
-        betweenHosts: Self.link(1e-5, 1e8), slowdown: 1)
+        betweenHosts: Self.link(1e-5, 1e8), messageSlowdown: 1)
       let cluster = try Cluster(Cluster.Document(places, calibration))
       #expect(cluster.ranks == places.leaves, "\(places.all.map { [$0.package, $0.numaNode] }) on \(places.host)")
     }
@@ -93,7 +96,9 @@ import Testing
     Self.onGroups(size) { group in
       try group.calibrate(for: Seconds(0.2))
       let calibration = group.calibration!
-      #expect(calibration.rates.count == size && calibration.slowdown >= 1 && calibration.betweenHosts == nil)
+      #expect(
+        calibration.rates.count == size && calibration.messageSlowdown >= 1
+          && calibration.betweenHosts == nil)
       let link = try #require(calibration.withinHosts)
       #expect(link.latency > Seconds(0) && link.rate > ByteRate(0) && link.rate.value.isFinite)
       let cluster = try group.cluster()
@@ -110,10 +115,10 @@ import Testing
       let peers = WirePeers(Mailbox.Seat(rank, 3, box), timeout: Seconds(20))
       let sent = Calibration(
         rates: (1...3).map { Self.rates(Double($0) / 3) }, withinHosts: isLinked ? Self.link(0, 1 / 7) : nil,
-        betweenHosts: isLinked ? Self.link(1e-5, 1e300) : nil, slowdown: 1 + 1 / 3)
+        betweenHosts: isLinked ? Self.link(1e-5, 1e300) : nil, messageSlowdown: 2 + 1 / 3)
       let got = try peers.share(rank == 0 ? sent : nil)
       #expect(got.withinHosts == sent.withinHosts && got.betweenHosts == sent.betweenHosts)
-      #expect(got.slowdown == sent.slowdown && got.rates == sent.rates)
+      #expect(got.messageSlowdown == sent.messageSlowdown && got.rates == sent.rates)
     }
   }
 

@@ -192,7 +192,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     }
   }
 
-  private static func randomPlan(_ numbers: inout Numbers, workers: Int, experts: Int) -> Plan {
+  static func randomPlan(_ numbers: inout Numbers, workers: Int, experts: Int) -> Plan {
     let shadows = (0..<experts).filter { _ in numbers.below(4) == 0 }
     func order() -> Order {
       Order(
@@ -353,7 +353,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
       #expect(least(steps, plan.overlaps, cluster.slowdown) >= timeline.end)
       let unhindered = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: 1, keeping: .needed)
-      let expected = play(steps, costs, plan.overlaps)
+      let expected = play(steps, costs, plan.overlaps, stretch: plan.overlaps ? costs.stretch : 1)
       #expect(abs(unhindered.end.value - expected) <= rounding * expected, "\(unhindered.end.value), not \(expected)")
       #expect(timeline.end.value >= expected * (1 - rounding))
     }
@@ -363,7 +363,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
   }
 
   /// When all is over: message by message, from one range of seats to another, whose lanes are a dictionary.
-  private static func play(_ steps: [Step], _ costs: StepCosts, _ overlaps: Bool) -> Double {
+  private static func play(_ steps: [Step], _ costs: StepCosts, _ overlaps: Bool, stretch: Double) -> Double {
     enum Lane: Hashable { case sends(Int), receives(Int), computes(Int) }
     var lanes: [Lane: Double] = [:]
     // By step and seat: what others of the step's worker wait for.
@@ -373,6 +373,11 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       var span: [Int: (start: Double, end: Double)] = [:]
       func cause(_ seat: Int) -> (start: Double, end: Double) {
         step.after < 0 ? (0, 0) : spans[step.after][seat] ?? (0, 0)
+      }
+      if step.action.communicates, !overlaps, step.after >= 0 {
+        for seat in all {
+          for lane in [Lane.sends(seat), .receives(seat)] { lanes[lane] = max(lanes[lane] ?? 0, cause(seat).end) }
+        }
       }
       var moves: [(from: [Int], to: [Int], start: Double, end: Double)] = []
       /// `ready`: when who sends may, and when what is sent last is there; `tail`: what then still takes.
@@ -386,14 +391,14 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
         for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
           move(
             Array(groups.seats(of: group)), Array(groups.seats(of: groups.target(of: group, round: round))),
-            costs.sends[round * groups.count + group]
+            costs.sends[round * groups.count + group] * stretch
           ) { cause($0).end }
         }
       case .giveBack(let round):
         for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
           let from = Array(groups.seats(of: groups.target(of: group, round: round)))
           let blocks = from.map { costs.blocks[round * all.count + $0] }
-          let seconds = costs.returns[round * groups.count + group]
+          let seconds = costs.returns[round * groups.count + group] * stretch
           move(
             from, Array(groups.seats(of: group)), seconds,
             {
@@ -406,9 +411,9 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
         let owner = costs.owners[shadow]
         var (first, seconds) = (owner, 0.0)
         if case .fetch = step.action {
-          seconds = costs.fetches[shadow]
+          seconds = costs.fetches[shadow] * stretch
         } else {
-          (first, seconds) = ((owner + 1) % all.count, costs.reduces[shadow])
+          (first, seconds) = ((owner + 1) % all.count, costs.reduces[shadow] * stretch)
         }
         let last = (first + all.count - 1) % all.count
         move(all.filter { $0 != last }, all.filter { $0 != first }, seconds) { cause($0).end }
@@ -443,6 +448,13 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
           span[seat] = (min(before.start, move.start), max(before.end, move.end))
         }
       }
+      if step.action.communicates, !overlaps {
+        // Whoever has no part in a step is past it all the same once it is past those before.
+        for seat in all {
+          let free = max(lanes[.sends(seat)] ?? 0, lanes[.receives(seat)] ?? 0)
+          span[seat] = (span[seat]?.start ?? free, free)
+        }
+      }
       spans.append(span)
     }
     return lanes.values.max() ?? 0
@@ -465,6 +477,24 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
       let owners = Set(shadows.map { batch.traffic.owner(of: $0) })
       if owners.count < 2 { #expect(got >= expected * (1 - Self.rounding), "\(got), not \(expected)") }
     }
+  }
+
+  /// Two workers, one expert each, both shadowed: copies of both move at once, then all compute, then the gradients move.
+  @Test func coarseComputesOnceAllCopiesAreThere() throws {
+    var document = Cluster.Document()
+    document.places = [.init(name: "net")]
+    for rank in 0..<2 {
+      document.workers.append(
+        .init(
+          name: "w\(rank)", in: "net", up: .init(bandwidth: 1e6, latency: 0),
+          flops: [.init(rows: 1, rate: FlopRate(1e9))]))
+    }
+    let shape = try Shape(model: 100, hidden: 50, experts: 2, choices: 1, activation: .gelu)
+    let batch = Batch([[10, 30], [30, 10]])
+    let copy = shape.expertBytes.value / 1e6
+    let compute = shape.flops(rows: 40).value / 3 / 1e9
+    let got = Self.seconds(.coarse(workers: 2, shadows: [0, 1]), batch, shape, try Cluster(document))
+    #expect(abs(got - (2 * copy + 3 * compute)) <= Self.rounding * got, "\(got)")
   }
 
   @Test func fasterLinksAreNeverSlower() throws {
@@ -508,6 +538,20 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
         Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, wide, try Cluster(document))
       )
       #expect(abs(after - before) <= Self.rounding * before)
+    }
+  }
+
+  /// In a plan that overlaps messages take longer, as far as their workers compute; else they do not.
+  @Test func messagesSlowDownWhileWorkersCompute() throws {
+    try Self.withRandom(39) { numbers, cluster, batch, shape in
+      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+      var document = cluster.document
+      document.messageSlowdown = 1.5
+      let (before, after) = (
+        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, try Cluster(document))
+      )
+      #expect(after >= before * (1 - Self.rounding) && after <= 1.5 * before * (1 + Self.rounding))
+      if !plan.overlaps { #expect(after == before) }
     }
   }
 

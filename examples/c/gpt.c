@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "layers.h"
@@ -16,6 +17,7 @@
 typedef struct block {          /* attention, then experts, each behind a norm and beside a residual */
   fmoe_layer *experts;
   fmoe_pass *pass;              /* of the latest forward, until its backward; else NULL */
+  gpt_plan plan;                /* if the model is calibrated */
   tensor *triple, *project; /* [3d, d] for queries, keys and values   [d, d] */
   float *normal1, *normal2;     /* [n, d] what attention and experts read */
   float *scale1, *scale2;       /* [n] */
@@ -36,6 +38,7 @@ struct gpt {
   int first, B, T; /* of the latest forward: this worker computes B of its sequences, from the first on */
   int has_targets; /* gpt_backward may follow */
   int updates;     /* steps of AdamW so far */
+  int predicts;    /* passes are planned by prediction */
 
   float *memory; /* dense parameters, AdamW's averages, activations: one allocation */
   int64_t taken; /* floats of it handed out */
@@ -110,12 +113,25 @@ static fmoe_status share_loss(gpt *model, gpt_loss *loss) {
   return FMOE_OK;
 }
 
+static double seconds(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
 /* ---- experts: stream [n, d] += the MoE layer of normal2 [n, d] ------------------------------- */
 static fmoe_status experts_forward(gpt *model, int layer, int n, gpt_loss *loss) {
   const gpt_config *c = &model->config;
   block *b = &model->blocks[layer];
   TRY(fmoe_gate(b->experts, b->normal2, n, &b->pass));
+  if (model->predicts) {
+    fmoe_plan_report report = {.struct_size = sizeof report};
+    TRY(fmoe_plan(b->pass, NULL, &report));
+    b->plan = (gpt_plan){report.shadows, report.group_size, report.seconds_planned, 0};
+  }
+  double start = seconds();
   TRY(fmoe_forward(b->pass, model->outcome));
+  b->plan.measured = seconds() - start;
   add(model->crew, (int64_t)n * c->width, model->outcome, model->stream);
 
   fmoe_routing routing = {.struct_size = sizeof routing};
@@ -128,7 +144,9 @@ static fmoe_status experts_forward(gpt *model, int layer, int n, gpt_loss *loss)
 
 /* The library adds the gradients of the balance and z losses on its own. */
 static fmoe_status experts_backward(block *b, const float *grad_stream, float *grad_normal2) {
+  double start = seconds();
   TRY(fmoe_backward(b->pass, grad_stream, grad_normal2, NULL));
+  b->plan.measured += seconds() - start;
   fmoe_pass_destroy(b->pass);
   b->pass = NULL;
   return FMOE_OK;
@@ -460,6 +478,14 @@ double gpt_flops_per_token(const gpt *model, int T) {
   double attention = 4 * d * d + 2 * d * (T + 1) / 2, experts = c->experts * d + c->top_k * matrices * c->hidden * d;
   return (1 + 2) * 2 * (c->layers * (attention + experts) + c->vocab * d);
 }
+
+fmoe_status gpt_calibrate(gpt *model, double seconds) {
+  TRY(fmoe_group_calibrate(model->peers.group, seconds));
+  model->predicts = 1;
+  return FMOE_OK;
+}
+
+gpt_plan gpt_plan_of(const gpt *model, int layer) { return model->blocks[layer].plan; }
 
 fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out) {
   out->struct_size = sizeof *out;

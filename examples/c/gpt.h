@@ -51,6 +51,14 @@ fmoe_status gpt_backward(gpt *model);
 fmoe_status gpt_update(gpt *model, const adamw *how, double *norm /* before clipping; may be NULL */);
 void gpt_zero_gradients(gpt *model);
 
+/* Measures the workers for about so many seconds; from then on every layer's experts are planned by prediction. */
+fmoe_status gpt_calibrate(gpt *model, double seconds);
+typedef struct gpt_plan { /* of a layer's experts, forward and backward of the latest batch */
+  int shadows, group_size;
+  double predicted, measured; /* seconds; measured are this worker's own */
+} gpt_plan;
+gpt_plan gpt_plan_of(const gpt *model, int layer); /* after gpt_calibrate and gpt_backward */
+
 /* Where a training is. */
 typedef struct gpt_place {
   int step;

@@ -32,7 +32,7 @@ static struct {
   double seconds, balance_loss, z_loss, rate, temperature;
   uint64_t seed;
   int until;
-  char *prompt, *log, *save, *resume;
+  char *prompt, *log, *plan_log, *save, *resume;
 } flags = {.batch = 8, .context = 128, .layers = 3, .heads = 4, .width = 128, .hidden = 256, .experts = 8,
            .warmup = 30, .workers = 1, .eval_every = 250, .sample = 400, .balance_loss = 0.01, .z_loss = 0.001,
            .rate = 0.003, .temperature = 0.8, .seed = 1};
@@ -73,6 +73,7 @@ static const struct flag {
     {"resume", WORDS, &flags.resume, 0, "FOLDER      a training to go on with; the other flags as before"},
     {"until", WHOLE, &flags.until, 0, "N          stop after step N of --steps, to be resumed; 0: go on to the end"},
     {"save-log", WORDS, &flags.log, 0, "FILE.csv  where the curve goes, see below"},
+    {"plan-log", WORDS, &flags.plan_log, 0, "FILE.csv  where the experts' plans go, see below; measures the workers first"},
 };
 enum { FLAGS = sizeof LIST / sizeof LIST[0] };
 
@@ -94,7 +95,9 @@ void train_excuse(int code, const char *error) {
   printf("\nHeld out is the last tenth of every file; see text.h for what is done about quotations.  Ctrl-C ends\n"
          "training early and cleanly.  The log has the columns step,seconds,tokens,loss,held_out_loss,balance and a\n"
          "row for each step: tokens counts from the start, losses are in nats per character, held_out_loss is empty\n"
-         "where none was taken, balance is the load of the fullest expert over the mean load, averaged over layers.\n");
+         "where none was taken, balance is the load of the fullest expert over the mean load, averaged over layers.\n"
+         "The plans' log has step,layer,shadows,group_size,predicted_seconds,measured_seconds and a row for each layer\n"
+         "of each step: seconds are of its experts, forward and backward, measured on worker 0.\n");
 }
 
 static int refuse(int code, char *error, const char *format, ...) { /* returns code */
@@ -204,7 +207,7 @@ typedef struct training {
   int32_t *line;             /* the prompt, and room for the sample behind it */
   int prompt;                /* characters of the prompt */
   int speaks;                /* rank 0 does */
-  FILE *log;
+  FILE *log, *plan_log;
   uint64_t random;
   double start;
   int step;
@@ -276,6 +279,14 @@ static double learning_rate(int step, double progress) {
 
 static const double DECAY = 1; /* strong: a short text is read a dozen times, and is not to be known by heart */
 
+static void log_plans(const training *t) {
+  for (int layer = 0; t->plan_log && layer < flags.layers; layer++) {
+    gpt_plan plan = gpt_plan_of(t->model, layer);
+    fprintf(t->plan_log, "%d,%d,%d,%d,%.6g,%.6g\n", t->step + 1, layer, plan.shadows, plan.group_size, plan.predicted,
+            plan.measured);
+  }
+}
+
 static fmoe_status learn(training *t) {
   int terminal = isatty(STDOUT_FILENO);
   double flops = gpt_flops_per_token(t->model, flags.context), tokens = (double)flags.batch * flags.context;
@@ -290,6 +301,7 @@ static fmoe_status learn(training *t) {
     draw_batch(t);
     TRY(gpt_forward(t->model, t->tokens, t->targets, flags.batch, flags.context, &loss));
     TRY(gpt_backward(t->model));
+    log_plans(t);
     TRY(gpt_update(t->model, &how, NULL));
     t->step++;
     since++;
@@ -365,6 +377,7 @@ static fmoe_status run(training *t, int threads) {
     TRY(gpt_load(t->model, flags.resume, &place));
     t->step = place.step, t->random = place.random;
   }
+  if (flags.plan_log) TRY(gpt_calibrate(t->model, 1));
   if (t->speaks) introduce(t);
   if (t->speaks && t->step > 0) printf("resumed after step %d\n", t->step);
   TRY(learn(t));
@@ -391,9 +404,13 @@ static fmoe_status prepare(training *t, char *error) {
   while (!flags.prompt && t->prompt > 1 && learnt.byte_of[t->line[t->prompt - 1]] != ' ') t->prompt--; /* whole words */
   if (t->speaks && flags.save && mkdir(flags.save, 0777) != 0 && errno != EEXIST)
     return refuse(FMOE_ERROR_FILE, error, "%s cannot be made", flags.save);
-  if (!t->speaks || !flags.log) return FMOE_OK;
-  if (!(t->log = fopen(flags.log, "w"))) return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.log);
-  fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
+  if (!t->speaks) return FMOE_OK;
+  if (flags.log && !(t->log = fopen(flags.log, "w")))
+    return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.log);
+  if (t->log) fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
+  if (flags.plan_log && !(t->plan_log = fopen(flags.plan_log, "w")))
+    return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.plan_log);
+  if (t->plan_log) fprintf(t->plan_log, "step,layer,shadows,group_size,predicted_seconds,measured_seconds\n");
   return FMOE_OK;
 }
 
@@ -403,6 +420,7 @@ fmoe_status train(const peers *with, int threads, char *error) {
   if (status == FMOE_OK && (status = run(&t, threads)) != FMOE_OK)
     refuse(status, error, "%s", t.why ? t.why : gpt_last_error());
   if (t.log) fclose(t.log);
+  if (t.plan_log) fclose(t.plan_log);
   gpt_destroy(t.model);
   free(t.line);
   free(t.targets);

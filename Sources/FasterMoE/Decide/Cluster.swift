@@ -22,6 +22,8 @@ package struct Cluster: Sendable {
   package private(set) var ring: Ring
   /// How many times longer computing takes while the worker's messages move; 1: no matter.
   package let slowdown: Double
+  /// How many times longer messages take while their workers compute.
+  package let messageSlowdown: Double
 
   /// Time of `latency + bytes · slowness`; a link without limit has neither.
   package struct Cost: Equatable, Sendable {
@@ -70,11 +72,12 @@ package struct Cluster: Sendable {
     (ranks, seats, nodes) = (layout.ranks, layout.seats, layout.nodes)
     rates = try layout.ranks.map { rank throws(Failure) in try Layout.rates(document.workers[rank]) }
     peers = try layout.peers(document.peers ?? [])
-    let slowdown = document.slowdown ?? 1
-    guard slowdown >= 1, slowdown.isFinite else {
-      throw Failure(.file, "computing_slowdown is \(slowdown); it must be 1 or more")
+    (slowdown, messageSlowdown) = (document.slowdown ?? 1, document.messageSlowdown ?? 1)
+    for (key, slowdown) in [("computing_slowdown", slowdown), ("message_slowdown", messageSlowdown)] {
+      guard slowdown >= 1, slowdown.isFinite else {
+        throw Failure(.file, "\(key) is \(slowdown); it must be 1 or more")
+      }
     }
-    self.slowdown = slowdown
     let (count, links) = (workers, peers)
     peersFrom = layout.ranks.indices.map { seat in
       links.indices.filter { layout.nodes[links[$0].from].seats.contains(seat) }

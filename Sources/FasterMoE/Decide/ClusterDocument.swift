@@ -10,11 +10,13 @@ extension Cluster {
     package var workers: [Worker] = []
     package var peers: [Peer]?
     package var slowdown: Double?
+    package var messageSlowdown: Double?
     enum CodingKeys: String, CodingKey {
       case version = "fastermoe_cluster"
       case places, workers
       case peers = "peer_links"
       case slowdown = "computing_slowdown"
+      case messageSlowdown = "message_slowdown"
     }
     package init() {}
 
@@ -269,6 +271,6 @@ extension Cluster.Document {
           weightFlops: ComputeRates.samples(calibration.rates[rank].weightGrads),
           rowHandling: calibration.rates[rank].rowHandling.value))
     }
-    slowdown = calibration.slowdown
+    messageSlowdown = calibration.messageSlowdown
   }
 }

@@ -26,6 +26,7 @@ package struct Simulator {
     var shadowed = [Bool](repeating: false, count: experts)
     for expert in volumes.shadows { shadowed[expert] = true }
     var costs = StepCosts(groups, leastForward: volumes.linkForward, leastBackward: volumes.linkBackward)
+    costs.stretch = stretch(volumes.roofline)
 
     let loads = LinkLoads(moving, on: cluster, groups)
     for round in 0..<groups.count {
@@ -59,6 +60,14 @@ package struct Simulator {
     }
     (costs.shadows, costs.shadowWeights) = (volumes.shadowSeconds, volumes.shadowWeightSeconds)
     return costs
+  }
+
+  /// How many times longer messages take where workers compute meanwhile: x = 1 + (slowdown - 1) · share, where computing
+  /// fills the share compute / (x · messages) of the time in which they move, or all of it.
+  private func stretch(_ roofline: Roofline) -> Double {
+    guard roofline.busiestLink.value > 0 else { return 1 }
+    let product = (cluster.messageSlowdown - 1) * (roofline.compute / roofline.busiestLink)
+    return min(cluster.messageSlowdown, (1 + (1 + 4 * product).squareRoot()) / 2)
   }
 
   /// Of the rows that a round brings to each expert.
@@ -160,6 +169,8 @@ package struct StepCosts {
   fileprivate(set) var owners: [Int] = []
   fileprivate(set) var fetches: [Double] = []
   fileprivate(set) var reduces: [Double] = []
+  /// How many times longer messages take where a plan overlaps.
+  fileprivate(set) var stretch = 1.0
   fileprivate let leastForward: Seconds
   fileprivate let leastBackward: Seconds
 
@@ -237,6 +248,7 @@ package struct Timeline {
     let steps: [Step]
     let costs: StepCosts
     let overlaps: Bool
+    let stretch: Double
     let slowdown: Double
     let rows: [Int]
     let starts, ends: UnsafeMutableBufferPointer<Double>
@@ -256,6 +268,7 @@ package struct Timeline {
     ) {
       (self.steps, self.costs, self.overlaps, self.slowdown, self.rows) = (steps, costs, overlaps, slowdown, rows)
       (self.starts, self.ends) = (starts, ends)
+      stretch = overlaps ? costs.stretch : 1
       sending = Array(repeating: 0, count: costs.groups.workers)
       receiving = sending
       computing = sending
@@ -274,10 +287,10 @@ package struct Timeline {
       switch steps[index].action {
       case .send(let round): send(index, round)
       case .giveBack(let round): giveBack(index, round)
-      case .fetch(let shadow): collect(index, costs.fetches[shadow], notInto: costs.owners[shadow])
+      case .fetch(let shadow): collect(index, costs.fetches[shadow] * stretch, notInto: costs.owners[shadow])
       case .reduce(let shadow):
         let owner = costs.owners[shadow]
-        collect(index, costs.reduces[shadow], notInto: owner + 1 == workers ? 0 : owner + 1)
+        collect(index, costs.reduces[shadow] * stretch, notInto: owner + 1 == workers ? 0 : owner + 1)
       case .compute(let round): compute(index, costs.computes, costs.blocks, first: round * workers)
       case .computeShadow(let shadow): compute(index, costs.shadows, nil, first: shadow * workers)
       case .gradShadowWeights(let shadow): compute(index, costs.shadowWeights, nil, first: shadow * workers)
@@ -291,6 +304,7 @@ package struct Timeline {
     /// Every group to its target, where anything moves.
     private mutating func send(_ index: Int, _ round: Int) {
       let groups = costs.groups
+      reach(index)
       for group in 0..<groups.count {
         (mayStart[group], mayReceive[group]) = (0, 0)
         for seat in groups.seats(of: group) {
@@ -302,7 +316,7 @@ package struct Timeline {
       for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
         let target = groups.target(of: group, round: round)
         let start = max(mayStart[group], mayReceive[target])
-        sends[group] = (start, start + costs.sends[round * groups.count + group])
+        sends[group] = (start, start + costs.sends[round * groups.count + group] * stretch)
         receives[target] = sends[group]
       }
       finish(index)
@@ -312,6 +326,7 @@ package struct Timeline {
     private mutating func giveBack(_ index: Int, _ round: Int) {
       let groups = costs.groups
       let after = steps[index].after
+      reach(index)
       for group in 0..<groups.count {
         (mayStart[group], mayEnd[group], mayReceive[group]) = (0, 0, 0)
         for seat in groups.seats(of: group) {
@@ -328,7 +343,9 @@ package struct Timeline {
         (sends[group], receives[group]) = (Player.never, Player.never)
       }
       for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
-        let (target, seconds) = (groups.target(of: group, round: round), costs.returns[round * groups.count + group])
+        let (target, seconds) = (
+          groups.target(of: group, round: round), costs.returns[round * groups.count + group] * stretch
+        )
         let start = max(mayStart[target], mayReceive[group])
         var blocks = Double.infinity
         for seat in groups.seats(of: target) { blocks = min(blocks, costs.blocks[round * computing.count + seat]) }
@@ -351,7 +368,8 @@ package struct Timeline {
           sending[seat] = max(sending[seat], sent.end)
           receiving[seat] = max(receiving[seat], received.end)
           keep(index, seat, sent, received)
-          finish(index, seat, max(0, whole.0), max(0, whole.1))
+          let least = overlaps ? 0 : max(sending[seat], receiving[seat])
+          finish(index, seat, max(least, whole.0), max(least, whole.1))
         }
       }
       talks.append(index)
@@ -360,6 +378,7 @@ package struct Timeline {
     /// Along the ring of all workers, from the one that it does not go into to the one before.
     private mutating func collect(_ index: Int, _ seconds: Double, notInto first: Int) {
       let last = first == 0 ? computing.count - 1 : first - 1
+      reach(index)
       var start = 0.0
       for seat in computing.indices {
         if seat != last { start = max(start, sending[seat], done(index, seat)) }
@@ -371,9 +390,20 @@ package struct Timeline {
         let move = (start: start, end: start + seconds)
         keep(index, seat, seat == last ? Player.never : move, seat == first ? Player.never : move)
         let isHere = overlaps && seat == first
-        finish(index, seat, isHere ? 0 : start, isHere ? 0 : start + seconds)
+        finish(
+          index, seat, isHere ? 0 : start, isHere ? 0 : max(sending[seat], receiving[seat]))
       }
       talks.append(index)
+    }
+
+    /// Where nothing overlaps, a worker does not get to a step before what the step comes after is over, even if it has no
+    /// part in it.
+    private mutating func reach(_ index: Int) {
+      guard !overlaps, steps[index].after >= 0 else { return }
+      for seat in computing.indices {
+        sending[seat] = max(sending[seat], done(index, seat))
+        receiving[seat] = max(receiving[seat], done(index, seat))
+      }
     }
 
     @inline(__always)

@@ -38,7 +38,10 @@ extension Pass {
         inbox.shadowBlocks[index] = cut(
           inbox.arrivals.firstRow + rounds.count * experts + index, 1, firstExpert: experts + index)
       case .gradWeights where plan.overlaps:
-        for round in 0..<rounds.count { turns.append(.weights(inbox.roundBlocks[round])) }
+        // In the order in which blocks were cut: each waits for the one before of its expert.
+        for other in steps {
+          if case .compute(let round) = other.action { turns.append(.weights(inbox.roundBlocks[round])) }
+        }
       case .gradShadowWeights(let index) where plan.overlaps: turns.append(.weights(inbox.shadowBlocks[index]))
       default: break
       }

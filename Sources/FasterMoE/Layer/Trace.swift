@@ -210,10 +210,13 @@ struct Trace: Encodable {
     name(lane: Trace.predictedOut, of: process, "communication, to others")
     name(lane: Trace.predictedIn, of: process, "communication, from others")
     name(lane: Trace.predictedComputation, of: process, "computation")
+    var free = Seconds(0)
     for (trip, direction, start) in [(forecast.forward, .forward, forward), (forecast.backward, .backward, backward)]
       as [(Forecast.Trip, Direction, Seconds?)]
     {
-      guard let start else { continue }
+      // Not before what was predicted before it is over.
+      guard let start = start.map({ max($0, free) }) else { continue }
+      free = start + trip.seconds
       add(
         direction.rawValue, .call, Trace.calls, process, start, start + trip.seconds, Arguments(trip: direction))
       for step in trip.steps {

@@ -16,11 +16,12 @@ package final class Calibration: Sendable {
   package let withinHosts: Link?
   /// Out of a host to the others; nil if there is one.
   package let betweenHosts: Link?
-  /// How many times longer computing takes while messages move, 1 or more.
-  package let slowdown: Double
+  /// How many times longer messages take while their workers compute, 1 or more.
+  package let messageSlowdown: Double
 
-  package init(rates: [ComputeRates], withinHosts: Link?, betweenHosts: Link?, slowdown: Double) {
-    (self.rates, self.withinHosts, self.betweenHosts, self.slowdown) = (rates, withinHosts, betweenHosts, slowdown)
+  package init(rates: [ComputeRates], withinHosts: Link?, betweenHosts: Link?, messageSlowdown: Double) {
+    (self.rates, self.withinHosts, self.betweenHosts) = (rates, withinHosts, betweenHosts)
+    self.messageSlowdown = messageSlowdown
   }
 }
 
@@ -31,7 +32,6 @@ package final class Calibration: Sendable {
 final class Calibrator {
   private let peers: any Peers
   private let places: Places
-  private let probe: RateProbe
   private var memory: Region?
   /// Messages out, then messages in.
   private let messages: UnsafeMutableRawPointer
@@ -39,7 +39,6 @@ final class Calibrator {
   /// Takes all the memory that measuring needs.
   init(_ group: Group) throws(Failure) {
     (peers, places) = (group.peers, group.places)
-    probe = try RateProbe(group.team)
     let bytes = peers.shareMemory ? 0 : 2 * max(Calibrator.mostPieces, peers.size) * Wire.piece
     let region = try Region(bytes: bytes, for: "measuring the speed of messages")
     messages = region.base
@@ -51,22 +50,15 @@ final class Calibrator {
     if let peers = peers as? WirePeers, peers.wire.isEntangled { memory.take()?.abandon() }
   }
 
-  /// Measures for about `budget`; `computing` measures how fast this rank trains, while all others do the same, since each
-  /// is slower while the others work.
-  func measure(
-    for budget: Seconds, _ computing: (_ budget: Seconds) throws(Failure) -> ComputeRates
-  ) throws(Failure) -> Calibration {
-    let wire = peers.size > 1 ? peers as? WirePeers : nil
-    var (within, between, slowdown): (Calibration.Link?, Calibration.Link?, Double) = (nil, nil, 1)
-    if let wire {
-      let levels = [Level(of: places, by: ==), Level(of: places, by: !=)]
-      let each = budget * (0.4 / Double(levels.count { $0.isUsed }))
-      if levels[0].isUsed { within = try link(wire, levels[0], sharing: levels[0].mostPeers, each) }
-      if levels[1].isUsed { between = try link(wire, levels[1], sharing: places.busiestWayOut, each) }
-      slowdown = try self.slowdown(wire, budget * 0.2)
-    }
-    let rates = try peers.gathered(try computing(wire == nil ? budget : budget * 0.4))
-    return Calibration(rates: rates, withinHosts: within, betweenHosts: between, slowdown: slowdown)
+  /// Links within hosts and between them, for about `budget` in all.
+  func links(for budget: Seconds) throws(Failure) -> (within: Calibration.Link?, between: Calibration.Link?) {
+    guard peers.size > 1, let wire = peers as? WirePeers else { return (nil, nil) }
+    let levels = [Level(of: places, by: ==), Level(of: places, by: !=)]
+    let each = budget * (1 / Double(levels.count { $0.isUsed }))
+    return (
+      levels[0].isUsed ? try link(wire, levels[0], sharing: levels[0].mostPeers, each) : nil,
+      levels[1].isUsed ? try link(wire, levels[1], sharing: places.busiestWayOut, each) : nil
+    )
   }
 
   /// Pairs of ranks that exchange messages.
@@ -129,39 +121,9 @@ final class Calibrator {
     return pieces
   }
 
-  /// The rate of products with nothing else to do over that while all pairs exchange messages.
-  private func slowdown(_ wire: WirePeers, _ budget: Seconds) throws(Failure) -> Double {
-    let level = Level(of: places) { _, _ in true }
-    let pieces = try piecesThatFit(wire, level, budget * 0.1)
-    var times = 1
-    func exchangeWhileComputing() throws(Failure) -> FlopRate {
-      try probe.rate { () throws(Failure) in
-        for _ in 0..<times { try exchange(wire, level, bytes: pieces * Wire.piece) }
-      }
-    }
-    // So long that it is many products; messages may be much slower while cores are busy.
-    let once = try middleLap(Seconds(0)) { () throws(Failure) in _ = try exchangeWhileComputing() }
-    times = Int(min(64, max(1, min(0.02, budget.value / 4) / once.value)))
-    var (alone, along): ([FlopRate], [FlopRate]) = ([], [])
-    _ = try middleLap(budget * 0.8) { () throws(Failure) in
-      let start = Seconds.now
-      along.append(try exchangeWhileComputing())
-      let end = Seconds.now + Seconds(Seconds.now.value - start.value)
-      alone.append(try probe.rate { () throws(Failure) in Calibrator.sleep(until: end) })
-    }
-    let all = try peers.gathered((middle(alone).value, middle(along).value))
-    let (idle, busy) = all.reduce((0, 0)) { ($0.0 + $1.0, $0.1 + $1.1) }
-    return busy > 0 ? max(1, idle / busy) : 1
-  }
-
-  private static func sleep(until end: Seconds) {
-    var time = timespec(tv_sec: Int(end.value), tv_nsec: Int((end.value - end.value.rounded(.down)) * 1e9))
-    while clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &time, nil) == EINTR {}
-  }
-
   /// Repeats `body` on all ranks for about `budget`, once at least: the middle one of all times, each that of the slowest
   /// rank. The same on all ranks.
-  private func middleLap(_ budget: Seconds, _ body: () throws(Failure) -> Void) throws(Failure) -> Seconds {
+  func middleLap(_ budget: Seconds, _ body: () throws(Failure) -> Void) throws(Failure) -> Seconds {
     let end = Seconds.now + budget
     var laps: [Seconds] = []
     while true {

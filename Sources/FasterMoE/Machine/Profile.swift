@@ -8,13 +8,13 @@ package struct Profile: Codable, Equatable, Sendable {
   private var workers: [Worker]
   private var withinHosts: Link?
   private var betweenHosts: Link?
-  private var slowdown: Double
+  private var messageSlowdown: Double
   enum CodingKeys: String, CodingKey {
     case version = "fastermoe_profile"
     case workers
     case withinHosts = "within_hosts"
     case betweenHosts = "between_hosts"
-    case slowdown = "computing_slowdown"
+    case messageSlowdown = "message_slowdown"
   }
 
   private struct Link: Codable, Equatable, Sendable {
@@ -106,7 +106,7 @@ package struct Profile: Codable, Equatable, Sendable {
     }
     withinHosts = calibration.withinHosts.map { Link($0) }
     betweenHosts = calibration.betweenHosts.map { Link($0) }
-    slowdown = calibration.slowdown
+    messageSlowdown = calibration.messageSlowdown
   }
 
   private static func workers(_ places: Places, _ threads: [Int]) -> [Worker] {
@@ -140,14 +140,14 @@ package struct Profile: Codable, Equatable, Sendable {
     guard (withinHosts != nil, betweenHosts != nil) == areLinked else {
       throw Failure(.file, "was measured where workers are joined in another way, by memory or by messages")
     }
-    guard slowdown >= 1, slowdown.isFinite else {
-      throw Failure(.file, "computing_slowdown is \(slowdown); it must be 1 or more")
+    guard messageSlowdown >= 1, messageSlowdown.isFinite else {
+      throw Failure(.file, "message_slowdown is \(messageSlowdown); it must be 1 or more")
     }
     var rates: [ComputeRates] = []
     for (rank, worker) in workers.enumerated() { rates.append(try worker.rates(rank)) }
     return Calibration(
       rates: rates, withinHosts: try withinHosts?.link("within_hosts"),
-      betweenHosts: try betweenHosts?.link("between_hosts"), slowdown: slowdown)
+      betweenHosts: try betweenHosts?.link("between_hosts"), messageSlowdown: messageSlowdown)
   }
 }
 
@@ -160,13 +160,14 @@ extension WirePeers {
     var links = Links()
     if let calibration {
       shared = calibration.rates
-      links = Links(within: calibration.withinHosts, between: calibration.betweenHosts, slowdown: calibration.slowdown)
+      links = Links(calibration)
     }
     let failed = shared.withUnsafeMutableBytes { bytes in failure { () throws(Failure) in try broadcast(bytes) } }
     if let failed { throw failed }
     try withUnsafeMutableBytes(of: &links) { bytes throws(Failure) in try broadcast(bytes) }
     return Calibration(
-      rates: shared, withinHosts: links.within.link, betweenHosts: links.between.link, slowdown: links.slowdown)
+      rates: shared, withinHosts: links.within.link, betweenHosts: links.between.link,
+      messageSlowdown: links.messageSlowdown)
   }
 
   private func broadcast(_ bytes: UnsafeMutableRawBufferPointer) throws(Failure) {
@@ -187,10 +188,11 @@ extension WirePeers {
     }
     var within = Link()
     var between = Link()
-    var slowdown = 1.0
+    var messageSlowdown = 1.0
     init() {}
-    init(within: Calibration.Link?, between: Calibration.Link?, slowdown: Double) {
-      (self.within, self.between, self.slowdown) = (Link(within), Link(between), slowdown)
+    init(_ calibration: Calibration) {
+      (within, between) = (Link(calibration.withinHosts), Link(calibration.betweenHosts))
+      messageSlowdown = calibration.messageSlowdown
     }
   }
 }

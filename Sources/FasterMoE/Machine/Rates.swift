@@ -1,5 +1,4 @@
 import Glibc
-import Synchronization
 
 /// How fast one worker trains, as it was measured, by the rows that an expert has to compute.
 ///
@@ -88,58 +87,3 @@ package struct RateCurve: Equatable, Sendable {
 
 /// The value in the middle, which no single disturbance moves far; of at least one.
 func middle<T: Comparable>(_ values: [T]) -> T { values.sorted()[values.count / 2] }
-
-/// Multiplies rows by weight matrices that are too many for the caches, for as long as something else goes on.
-final class RateProbe: TeamWork {
-  private static let size = 512
-  private static let matrices = 16
-  private static let rows = 4 * Panels.height
-  private let team: Team
-  private let memory: Region
-  private let isOver = Atomic<Bool>(false)
-  private let tasksDone = Atomic<Int>(0)
-
-  init(_ team: Team) throws(Failure) {
-    self.team = team
-    let deskFloats = RateProbe.deskFloats
-    let floats = RateProbe.matrices * RateProbe.size * RateProbe.size + team.threads * deskFloats
-    memory = try Region(bytes: floats * MemoryLayout<Float>.stride, for: "measuring the speed of products")
-    // Pages that nobody has written to are one and the same page, which caches know better or worse than real ones.
-    memory.base.assumingMemoryBound(to: Float.self).update(repeating: 1, count: floats)
-  }
-
-  /// The rate while the calling thread does something else.
-  func rate(during body: () throws(Failure) -> Void) throws(Failure) -> FlopRate {
-    isOver.store(false, ordering: .relaxed)
-    tasksDone.store(0, ordering: .relaxed)
-    team.begin(self)
-    let start = Seconds.now
-    let failed = failure(of: body)
-    isOver.store(true, ordering: .relaxed)
-    team.finish()
-    if let failed { throw failed }
-    let flops = 2 * Double(RateProbe.rows * RateProbe.size * RateProbe.size)
-    return Flops(Double(tasksDone.load(ordering: .relaxed)) * flops) / Seconds(Seconds.now.value - start.value)
-  }
-
-  private static var deskFloats: Int { RateProbe.rows * size + size * Strip.width + Tiles.floats }
-
-  override func work(thread: Int) {
-    let size = RateProbe.size
-    let weights = memory.base.assumingMemoryBound(to: Float.self)
-    let desk = weights + RateProbe.matrices * size * size + thread * RateProbe.deskFloats
-    let panels = Panels(desk, width: size)
-    let strip = desk + RateProbe.rows * size
-    let tile = strip + size * Strip.width
-    while !isOver.load(ordering: .relaxed), case let task = team.take() {
-      let matrix = weights + task % RateProbe.matrices * size * size
-      for column in stride(from: 0, to: size, by: Strip.width) {
-        Strip.rows(of: matrix, depth: size, from: column, limit: size, into: strip)
-        Panels.forEach(rows: RateProbe.rows) { first, high in
-          Tiles.product(panel: panels.panel(first), high: high, strip: strip, depth: size, into: tile)
-        }
-      }
-      tasksDone.add(1, ordering: .relaxed)
-    }
-  }
-}
