@@ -17,15 +17,14 @@
  *             taken if all that this library does not know is zero, else FMOE_ERROR_OPTIONS.  Structs that the library
  *             fills tell their room by struct_size and get back how many bytes were written.
  * Not a       A NaN or an infinity in a token makes that token's output row not finite (but ReLU may hide one), and gradients that
- * number.     depend on the value; no other token's output changes by a bit.
+ * number.     depend on the value; no other token's output changes by a bit, unless its gate shares room among tokens.
  * Same bits.  The same calls on the same data give the same bits, for any number of threads.
  * Together.   A collective call succeeds on all ranks or fails on all.  Where one rank's arguments or memory are at fault,
  *             that rank gets its own status and the others FMOE_ERROR_PEER, and the group may go on.  Where a peer is lost or
  *             silent, the group is broken: its collective calls fail from then on, and destroying is all that is left.
  *             Ranks are only known to each other by their handles: a NULL handle, or a transport that is refused, fails
  *             alone and its peers wait for it.  Over a transport a rank may learn of a lost peer one call after another has.
- * This        version has FMOE_GATE_TOPK alone.  A call or an option that is declared here and not there yet returns
- * version     FMOE_ERROR_UNSUPPORTED, and its text says so. */
+ * Not yet     there, but declared here: such a call or option returns FMOE_ERROR_UNSUPPORTED, and its text says so. */
 #ifndef FASTERMOE_H
 #define FASTERMOE_H
 #include <stdint.h>
@@ -120,8 +119,36 @@ void fmoe_group_destroy(fmoe_group *group); /* NULL is fine, here and below; wha
 
 /* ---- layer -------------------------------------------------------------------------------- */
 enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWIGLU = 4 };
-/* FMOE_GATE_TOPK: the k highest logits x·gate choose, ties go to the lower expert, NaN ranks as -infinity; the weights are a
- * softmax over the k chosen logits, or, for k = 1, the softmax probability over all experts. */
+/* A gate scores every token against every expert, x·gate, and the k highest scores choose; ties go to the lower expert,
+ * NaN ranks as -infinity.  Unless said otherwise, a softmax over the k chosen scores weighs them or, for k = 1, the softmax
+ * probability over all experts.  A choice without an expert is -1 and weighs 0; the other weights of its token stay.
+ *
+ * TOPK          that and no more.  k 2.
+ * NOISY         k 2.  In training, normal noise of width softplus(x·noise) + 0.01 is added to the scores.  balance_loss is the
+ *               a of a·(CV²(importance) + CV²(load)) over the tokens of all workers, importance being an expert's sum of
+ *               weights, load its sum of likelihoods to be chosen; 0 in evaluation and where experts are equally busy.
+ * SWITCH        k 1.  Weights are the probabilities over all experts, for any k.  An expert takes ceil(factor·k·n/E) rows of
+ *               the whole batch, n counting all workers' tokens; factor 1.25.  FMOE_DROP_LAST keeps those that come first in
+ *               the order of all workers' tokens, first choices before second ones, so that W workers drop what one would;
+ *               FMOE_DROP_LIGHTEST keeps each worker's highest weights, within a part of the room by its tokens.
+ * GSHARD        k 2.  An expert takes ceil(factor·k·n/E) rows of each worker, n being this worker's tokens; factor 1.  In
+ *               training, a choice behind the first is dropped by chance unless k·weight exceeds a number drawn from
+ *               [0, 1).  The f of the balance loss counts first choices alone.
+ * BASE          k 1, no balance loss.  Weights are 1/(1 + exp(-score)); the layer's output for a token, added to the token, is
+ *               that of the paper.  In training a worker's own tokens are shared out, at most ceil(n/E) to each expert and
+ *               exactly n/E where E divides n, so that the sum of scores is near its highest; scores that are not finite
+ *               count as the lowest.  In evaluation the highest score chooses.
+ * TOPOLOGY      k 2.  Of a worker's n·k choices at most remote_share, rounded down, leave its place: its host, or, where all
+ *               are on one host, its package, else its NUMA node, by hwloc and by which cores each rank has.  Those with the
+ *               highest scores may; the others choose again, the highest score inside that the token has not chosen, or
+ *               -1 where none is left.  Where there is only one place it is TOPK.
+ * HIERARCHICAL  k 2.  The same at each level of the tree of hosts, packages and NUMA nodes: of the choices that stay in a
+ *               place, at most remote_share may leave the smaller one inside it; all levels together: 1 - (1 -
+ *               remote_share)^l may cross the l-th from the top.
+ *
+ * f counts choices before a capacity drops any.  In evaluation (fmoe_layer_set_training) capacities are twice as large and
+ * nothing is left to chance.  What is drawn depends on the seed, on how many passes the layer has made and on a token's place
+ * among all workers' tokens. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
        FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6 };
 typedef struct fmoe_layer_options {
@@ -133,14 +160,23 @@ typedef struct fmoe_layer_options {
   int32_t activation;                     /* FMOE_GELU ... */
   int32_t gate;                           /* FMOE_GATE_TOPK ... */
   uint64_t seed;                          /* of initial weights and of every random choice; equal on all ranks */
-  double capacity_factor;                 /* gates with a capacity: its factor; default: the gate's own */
+  double capacity_factor;                 /* gates with a capacity: its factor in training; default: the gate's own */
   double balance_loss;                    /* a of a·E·sum_e f_e·P_e (f: share of all workers' choices, P: mean probability
                                              over this worker's tokens); default 0 */
   double z_loss;                          /* a of a·mean over tokens of (log sum_e exp logit_e)^2; default 0 */
-  double remote_share;                    /* topology gates: most tokens that may leave the node, (0, 1]; default: as predicted */
+  double remote_share;                    /* topology gates: most of a worker's choices that may leave its place, (0, 1];
+                                             default: by the group's measured links, as fmoe_cluster_remote_share, in
+                                             passes that begin after fmoe_group_calibrate or with a profile, if these tell
+                                             of links between hosts and within one; else 0.14, the paper's */
+  int32_t drop;                           /* gates with a capacity: FMOE_DROP_LAST ... */
+  int32_t reserved;                       /* 0 */
 } fmoe_layer_options;
-#define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+enum { FMOE_DROP_LAST = 0, FMOE_DROP_LIGHTEST = 1 };
 fmoe_status fmoe_layer_create(fmoe_group *group /* kept */, const fmoe_layer_options *options, fmoe_layer **out); /* collective */
+/* 1: the gate trains, with what its rule leaves to chance, as a new layer does; 0: it evaluates.  It holds for passes that
+ * begin later, for which it must be equal on all ranks.  Gradients, losses and backward are there in both. */
+fmoe_status fmoe_layer_set_training(fmoe_layer *layer, int32_t training);
 void fmoe_layer_destroy(fmoe_layer *layer); /* passes under way may still be used and destroyed */
 
 /* Values start uniform in +-1/sqrt(inputs), the same for any W.  u = w1·x + b1, a = activation(u), out = w2·a + b2;
@@ -153,12 +189,13 @@ typedef struct fmoe_tensors {             /* values or gradients; borrowed until
   float *w1, *b1;                         /* [E/W, h, d]  [E/W, h]   SwiGLU: the gated half, b1 NULL */
   float *w2, *b2;                         /* [E/W, d, h]  [E/W, d]   SwiGLU: b2 NULL */
   float *w3;                              /* [E/W, h, d]  SwiGLU: the linear half; else NULL */
+  float *noise;                           /* [E, d]  FMOE_GATE_NOISY: of the noise's width, equal on all ranks; else NULL */
 } fmoe_tensors;
 fmoe_status fmoe_layer_values(fmoe_layer *layer, fmoe_tensors *out);
 fmoe_status fmoe_layer_gradients(fmoe_layer *layer, fmoe_tensors *out); /* backward adds */
 fmoe_status fmoe_layer_zero_gradients(fmoe_layer *layer);
 /* Collective.  Afterwards every gradient is that of the mean over workers of their losses: what backward adds to w1 ... w3
- * is so already, the gate's gradient becomes so here, equal on all ranks.  grad_tokens stay those of the worker's own loss. */
+ * is so already, those of gate and noise become so here, equal on all ranks.  grad_tokens stay those of the worker's own loss. */
 fmoe_status fmoe_layer_reduce_gradients(fmoe_layer *layer);
 typedef struct fmoe_adamw_options {       /* step t = 1, 2, ... of a layer, as PyTorch's AdamW: g = gradient_scale·gradient,
                                              m = beta1·m + (1 - beta1)·g,  v = beta2·v + (1 - beta2)·g²,
@@ -179,9 +216,10 @@ typedef struct fmoe_adamw_options {       /* step t = 1, 2, ... of a layer, as P
  * call on, which may fail with FMOE_ERROR_MEMORY.  The same bits for any number of threads and workers. */
 fmoe_status fmoe_layer_adamw(fmoe_layer *layer, const fmoe_adamw_options *options);
 /* Collective.  A safetensors file of all ranks' values, experts by their number among all E, so that any W reads what any
- * other wrote:  gate.weight [E, d], experts.3.w1.weight [h, d], experts.3.w1.bias [h], experts.3.w2.weight [d, h],
- * experts.3.w2.bias [d], SwiGLU: w1, w2, w3 and no biases; after fmoe_layer_adamw also optimizer.step, an I64, and
- * optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each; docs/checkpoints.md has the rest.
+ * other wrote:  gate.weight [E, d], FMOE_GATE_NOISY: gate.noise.weight [E, d] too, experts.3.w1.weight [h, d],
+ * experts.3.w1.bias [h], experts.3.w2.weight [d, h], experts.3.w2.bias [d], SwiGLU: w1, w2, w3 and no biases; after
+ * fmoe_layer_adamw also optimizer.step, an I64, and optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each;
+ * docs/checkpoints.md has the rest.
  * Rank 0 alone has the file: it writes and reads for all, and only its path counts (the others' must not be NULL).
  * save: the file appears at path as a whole, replacing the one that is there; a link or a device is refused.
  * load: takes a file of exactly these tensors, in F32, from any program.  Where there are checksums, as in what save
@@ -202,6 +240,8 @@ typedef struct fmoe_routing {             /* borrowed until the pass is destroye
   const float *weights;                   /* [n, k] */
   const int64_t *counts;                  /* [E] this rank's tokens for each expert */
   double balance_loss, z_loss;            /* coefficients included */
+  int64_t dropped, moved;                 /* of this rank's n·k choices: without an expert; not the gate's highest scores, but
+                                             elsewhere by its rule */
 } fmoe_routing;
 typedef struct fmoe_plan_options {
   uint32_t struct_size;
@@ -252,6 +292,9 @@ fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* FMO
 fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room, up to
                                                                              4096 workers; docs/model.md has its keys */
 int32_t fmoe_cluster_size(fmoe_cluster *cluster);                         /* W; 0 of NULL */
+/* For remote_share: such that the link of the widest places that divide the workers is busy no longer than a worker's own,
+ * the smallest over all of them.  0 of NULL, and where workers are in one place or their links have no limit. */
+double fmoe_cluster_remote_share(fmoe_cluster *cluster);
 fmoe_status fmoe_cluster_write(fmoe_cluster *cluster, const char *path);  /* replaces the file as a whole */
 /* What fmoe_plan would choose for these counts, rank by rank.  Of `layer`, the sizes and the activation count. */
 fmoe_status fmoe_cluster_plan(fmoe_cluster *cluster, const fmoe_layer_options *layer, const int64_t *counts /* [W, E] */,

@@ -143,6 +143,7 @@ class Layer : public detail::Owner<fmoe_layer, fmoe_layer_destroy> {
     check(fmoe_layer_gradients(get(), &out));
     return out;
   }
+  void set_training(bool training) { check(fmoe_layer_set_training(get(), training)); }
   void zero_gradients() { check(fmoe_layer_zero_gradients(get())); }
   void reduce_gradients() { check(fmoe_layer_reduce_gradients(get())); }
   void adamw(const fmoe_adamw_options &options) { check(fmoe_layer_adamw(get(), &options)); }
@@ -173,6 +174,7 @@ class Cluster : public detail::Owner<fmoe_cluster, fmoe_cluster_destroy> {
   }
   int32_t size() const noexcept { return fmoe_cluster_size(get()); }
   void write(const std::string &path) const { check(fmoe_cluster_write(get(), path.c_str())); }
+  double remote_share() const noexcept { return fmoe_cluster_remote_share(get()); }
   fmoe_plan_report plan(const fmoe_layer_options &layer, const int64_t *counts /* [W, E] */,
                         const fmoe_plan_options &options = plan_options()) const {
     auto report = fastermoe::options<fmoe_plan_report>();

@@ -27,11 +27,6 @@ func answer(_ call: () throws(Failure) -> Void) -> fmoe_status {
   }
 }
 
-/// A call that this version does not have.
-func unsupported(_ what: String) -> fmoe_status {
-  answer { () throws(Failure) in throw Failure(.unsupported, "\(what) is not in this version yet") }
-}
-
 /// The text of each thread's latest failure, in memory that the thread's end gives back.
 enum LastError {
   private static let room = 1024

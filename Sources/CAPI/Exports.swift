@@ -113,6 +113,17 @@ public func fmoe_layer_destroy(_ layer: OpaquePointer!) {
   if let layer { release(layer, as: Layer.self) }
 }
 
+@_cdecl("fmoe_layer_set_training") @implementation
+public func fmoe_layer_set_training(_ layer: OpaquePointer!, _ training: Int32) -> fmoe_status {
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    guard training == 0 || training == 1 else {
+      throw Failure(.argument, "training is 0 or 1, not \(training)")
+    }
+    layer.group.exclusively { layer.isTraining = training == 1 }
+  }
+}
+
 @_cdecl("fmoe_layer_values") @implementation
 public func fmoe_layer_values(_ layer: OpaquePointer!, _ out: UnsafeMutablePointer<fmoe_tensors>!) -> fmoe_status {
   answer { () throws(Failure) in
@@ -136,7 +147,8 @@ private func writeTensors(_ t: Layer.Tensors, of layer: Layer, to out: UnsafeMut
   write(
     fmoe_tensors(
       struct_size: 0, local_experts: Int32(layer.owned.count), first_expert: Int64(layer.owned.lowerBound),
-      gate: t.gate, w1: t.inward, b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear),
+      gate: t.gate, w1: t.inward, b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear, noise: t.noise
+    ),
     to: out, room: try room(in: out, "out"))
 }
 
@@ -221,7 +233,8 @@ public func fmoe_pass_routing(_ pass: OpaquePointer!, _ out: UnsafeMutablePointe
     write(
       fmoe_routing(
         struct_size: 0, top_k: Int32(pass.shape.choices), tokens: Int64(pass.count), choices: routing.choices,
-        weights: routing.weights, counts: routing.counts, balance_loss: pass.balanceLoss, z_loss: pass.zLoss),
+        weights: routing.weights, counts: routing.counts, balance_loss: pass.balanceLoss, z_loss: pass.zLoss,
+        dropped: Int64(pass.dropped), moved: Int64(pass.moved)),
       to: out, room: try room(in: out, "out"))
   }
 }
@@ -318,6 +331,12 @@ public func fmoe_cluster_read(_ path: UnsafePointer<CChar>!, _ out: UnsafeMutabl
 public func fmoe_cluster_size(_ cluster: OpaquePointer!) -> Int32 {
   let box = try? object(cluster, "cluster", as: ClusterBox.self)
   return Int32(box?.cluster.workers ?? 0)
+}
+
+@_cdecl("fmoe_cluster_remote_share") @implementation
+public func fmoe_cluster_remote_share(_ cluster: OpaquePointer!) -> Double {
+  let box = try? object(cluster, "cluster", as: ClusterBox.self)
+  return box?.cluster.remoteShare ?? 0
 }
 
 @_cdecl("fmoe_cluster_write") @implementation

@@ -38,31 +38,84 @@ extension Layer.Options {
     case FMOE_SWIGLU: activation = .swiglu
     default: throw Failure(.options, "activation \(c.activation) is none of FMOE_GELU ... FMOE_SWIGLU")
     }
-    try Layer.Options.checkGate(Int(c.gate))
-    guard c.capacity_factor == 0 else {
-      throw Failure(.options, "capacity_factor is set, but FMOE_GATE_TOPK has no capacity")
-    }
-    guard c.remote_share == 0 else { throw Failure(.options, "remote_share is set, but FMOE_GATE_TOPK limits nothing") }
     for (loss, name) in [(c.balance_loss, "balance_loss"), (c.z_loss, "z_loss")] where !(loss >= 0 && loss.isFinite) {
       throw Failure(.argument, "\(name) must be a finite number, 0 or more, not \(loss)")
     }
     guard c.top_k >= 0 else { throw Failure(.argument, "top_k must not be negative, not \(c.top_k)") }
     let experts = Int(c.experts)
+    let gate = try GateOptions(c)
     let shape = try Shape(
       model: Int(c.d_model), hidden: Int(c.d_hidden), experts: experts,
-      choices: c.top_k > 0 ? Int(c.top_k) : max(1, min(2, experts)), activation: activation)
-    self.init(shape, losses: RouterLosses(balance: c.balance_loss, z: c.z_loss), seed: c.seed)
+      choices: c.top_k > 0 ? Int(c.top_k) : max(1, min(gate.choices, experts)), activation: activation)
+    self.init(
+      shape, gate: gate.rule, gateNumbers: gate.numbers, losses: RouterLosses(balance: c.balance_loss, z: c.z_loss),
+      seed: c.seed)
+  }
+}
+
+/// The fields of a layer's options that are about its gate. A new gate is a case here and a rule in Decide/Gates.
+struct GateOptions {
+  let rule: any Gate
+  /// The default of top_k.
+  let choices: Int
+  /// What ranks must agree on.
+  let numbers: SIMD4<UInt64>
+
+  init(_ c: fmoe_layer_options) throws(Failure) {
+    let (name, choices, hasCapacity, hasLimit) = try GateOptions.known(Int(c.gate))
+    guard c.capacity_factor == 0 || hasCapacity else {
+      throw Failure(.options, "capacity_factor is set, but \(name) has no capacity")
+    }
+    guard c.capacity_factor >= 0, c.capacity_factor.isFinite else {
+      throw Failure(.argument, "capacity_factor must be a finite number, 0 or more, not \(c.capacity_factor)")
+    }
+    guard c.drop == 0 || hasCapacity else { throw Failure(.options, "drop is set, but \(name) has no capacity") }
+    guard let dropping = Capacity.Dropping(rawValue: Int(c.drop)) else {
+      throw Failure(.options, "drop is FMOE_DROP_LAST or FMOE_DROP_LIGHTEST, not \(c.drop)")
+    }
+    guard c.reserved == 0 else { throw Failure(.options, "fmoe_layer_options.reserved must be 0") }
+    guard c.remote_share == 0 || hasLimit else {
+      throw Failure(.options, "remote_share is set, but \(name) limits nothing")
+    }
+    func capacity(_ factor: Double) -> Capacity {
+      let given = c.capacity_factor > 0 ? c.capacity_factor : factor
+      return Capacity(factor: given, inEvaluation: 2 * given, dropping: dropping)
+    }
+    guard c.remote_share >= 0, c.remote_share <= 1 else {
+      throw Failure(.argument, "remote_share must be in (0, 1], not \(c.remote_share)")
+    }
+    let share = c.remote_share > 0 ? c.remote_share : nil
+    self.choices = choices
+    numbers = [
+      UInt64(c.gate) << 8 | UInt64(c.drop), c.capacity_factor.bitPattern, c.remote_share.bitPattern, 0,
+    ]
+    switch Int(c.gate) {
+    case FMOE_GATE_NOISY: rule = NoisyGate()
+    case FMOE_GATE_SWITCH: rule = SwitchGate(capacity(1.25))
+    case FMOE_GATE_GSHARD: rule = GShardGate(capacity(1))
+    case FMOE_GATE_BASE:
+      guard c.top_k <= 1 else { throw Failure(.options, "top_k is \(c.top_k), but FMOE_GATE_BASE chooses one expert") }
+      guard c.balance_loss == 0 else {
+        throw Failure(.options, "balance_loss is set, but FMOE_GATE_BASE balances by sharing out")
+      }
+      rule = BaseGate()
+    case FMOE_GATE_TOPOLOGY: rule = NearGate(share: share, .top)
+    case FMOE_GATE_HIERARCHICAL: rule = NearGate(share: share, .every)
+    default: rule = TopKGate()
+    }
   }
 
-  private static func checkGate(_ gate: Int) throws(Failure) {
-    let later = [
-      FMOE_GATE_NOISY: "FMOE_GATE_NOISY", FMOE_GATE_SWITCH: "FMOE_GATE_SWITCH", FMOE_GATE_GSHARD: "FMOE_GATE_GSHARD",
-      FMOE_GATE_BASE: "FMOE_GATE_BASE", FMOE_GATE_TOPOLOGY: "FMOE_GATE_TOPOLOGY",
-      FMOE_GATE_HIERARCHICAL: "FMOE_GATE_HIERARCHICAL",
-    ]
-    if let name = later[gate] { throw Failure(.unsupported, "gate \(name) is not in this version yet") }
-    guard gate == FMOE_GATE_TOPK else {
-      throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL")
+  /// A gate's name, its own top_k, and whether it has a capacity or a limit on what leaves a place.
+  private static func known(_ gate: Int) throws(Failure) -> (String, Int, Bool, Bool) {
+    switch gate {
+    case FMOE_GATE_TOPK: return ("FMOE_GATE_TOPK", 2, false, false)
+    case FMOE_GATE_NOISY: return ("FMOE_GATE_NOISY", 2, false, false)
+    case FMOE_GATE_SWITCH: return ("FMOE_GATE_SWITCH", 1, true, false)
+    case FMOE_GATE_GSHARD: return ("FMOE_GATE_GSHARD", 2, true, false)
+    case FMOE_GATE_BASE: return ("FMOE_GATE_BASE", 1, false, false)
+    case FMOE_GATE_TOPOLOGY: return ("FMOE_GATE_TOPOLOGY", 2, false, true)
+    case FMOE_GATE_HIERARCHICAL: return ("FMOE_GATE_HIERARCHICAL", 2, false, true)
+    default: throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL")
     }
   }
 }

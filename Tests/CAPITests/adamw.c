@@ -127,6 +127,43 @@ static void test_same_bits(void) {
       }
 }
 
+/* ---- a noisy gate --------------------------------------------------------------------------------- */
+
+/* Given the gate's values and gradients, the noise's matrix must go as the gate does, to the last bit. */
+static void steps_of_noise(crew *c, int32_t rank, void *unused) {
+  (void)unused;
+  const fmoe_layer_options of_layer = {.struct_size = sizeof of_layer, .d_model = D, .d_hidden = H, .experts = E, .seed = 3,
+                                       .gate = FMOE_GATE_NOISY};
+  const fmoe_adamw_options o = {.struct_size = sizeof o, .learning_rate = 0.01, .weight_decay = 0.1, .zero_gradients = 1};
+  fmoe_layer *layer, *plain = layer_in(c->groups[rank], FMOE_GELU);
+  if (!EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &of_layer, &layer))) exit(summary());
+  fmoe_tensors t = {.struct_size = sizeof t}, g = t, other = t;
+  EXPECT(FMOE_OK, fmoe_layer_values(layer, &t)), EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &g));
+  EXPECT(FMOE_OK, fmoe_layer_values(plain, &other));
+  const size_t size = E * D * sizeof(float);
+  CHECK(!memcmp(t.gate, other.gate, size) && memcmp(t.gate, t.noise, size), "the noise begins with values of its own");
+  memcpy(t.noise, t.gate, size);
+  for (int step = 1; step <= 5; step++) {
+    float left = 0;
+    fill_gradients(layer, step), fill_gradients(plain, step);
+    memcpy(g.noise, g.gate, size);
+    EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &o)), EXPECT(FMOE_OK, fmoe_layer_adamw(plain, &o));
+    for (int i = 0; i < E * D; i++) left += fabsf(g.noise[i]);
+    CHECK(left == 0, "gradients become 0");
+    CHECK(!memcmp(t.noise, t.gate, size), "rank %d of %d, step %d", rank, c->ranks, step);
+    CHECK(!memcmp(t.gate, other.gate, size) &&
+          !memcmp(t.w1, other.w1, (size_t)t.local_experts * H * D * sizeof(float)), "and the rest as without noise");
+  }
+  fmoe_layer_destroy(layer), fmoe_layer_destroy(plain);
+}
+
+static void test_noise(void) {
+  for (int32_t ranks = 1; ranks <= E; ranks *= 2) {
+    crew *c = crew_create((crew_options){.ranks = ranks, .threads = 3});
+    crew_run(c, steps_of_noise, NULL), crew_destroy(c);
+  }
+}
+
 /* Tensors of several tasks, cut anywhere. */
 static void test_large(void) {
   static float *once;
@@ -209,6 +246,7 @@ int main(void) {
   test_against_double(FMOE_RELU, (fmoe_adamw_options){.learning_rate = 3e-2, .beta1 = 0.8, .beta2 = 0.95, .epsilon = 1e-6,
                                                       .weight_decay = 0.5, .gradient_scale = 0.125, .decay_biases = 1});
   test_same_bits();
+  test_noise();
   test_large();
   test_options();
   return summary();

@@ -328,6 +328,62 @@ static void test_lost_rank(void) {
   crew_destroy(c);
 }
 
+/* ---- gates that limit what leaves a host ------------------------------------------------------------ */
+
+/* Which this rank's is: the library asks for it. */
+static _Thread_local const char *host_name;
+int gethostname(char *name, size_t size) { return snprintf(name, size, "%s", host_name ? host_name : "here") < 0; }
+
+static void join_from(crew *c, int32_t rank, void *unused) {
+  (void)unused;
+  host_name = rank / 2 ? "there" : "here";
+  if (!EXPECT(FMOE_OK, crew_join(c, rank))) exit(summary());
+}
+
+/* A gate without a share of its own chooses as one that is given `share`. */
+static void same_as(fmoe_group *group, const oracle *o, int32_t gate, double share, int64_t *moved) {
+  fmoe_layer_options options = options_of(o);
+  fmoe_layer *layers[2];
+  fmoe_routing r[2] = {{.struct_size = sizeof r[0]}, {.struct_size = sizeof r[0]}};
+  batch b[2];
+  for (int given = 0; given < 2; given++) {
+    options.gate = gate, options.remote_share = given ? share : 0;
+    if (!EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layers[given]))) exit(summary());
+    b[given] = batch_of(o, layers[given]);
+    EXPECT(FMOE_OK, fmoe_gate(layers[given], b[given].x, o->tokens, &b[given].pass));
+    EXPECT(FMOE_OK, fmoe_pass_routing(b[given].pass, &r[given]));
+  }
+  CHECK(r[0].moved == r[1].moved && !memcmp(r[0].choices, r[1].choices, (size_t)(o->tokens * o->choices) * sizeof(int32_t)),
+        "gate %d moves %lld choices, but with a share of %g %lld", gate, (long long)r[0].moved, share, (long long)r[1].moved);
+  *moved = r[0].moved;
+  for (int given = 0; given < 2; given++) batch_free(&b[given]), fmoe_layer_destroy(layers[given]);
+}
+
+static void run_shares(crew *c, int32_t rank, void *context) {
+  const spread *s = context;
+  fmoe_cluster *cluster;
+  int64_t usual[2], moved[2];
+  for (int i = 0; i < 2; i++) same_as(c->groups[rank], s->part[rank], FMOE_GATE_TOPOLOGY + i, 0.14, &usual[i]);
+  EXPECT(FMOE_OK, fmoe_group_calibrate(c->groups[rank], moment));
+  if (!EXPECT(FMOE_OK, fmoe_cluster_of_group(c->groups[rank], &cluster))) return;
+  double share = fmoe_cluster_remote_share(cluster);
+  CHECK(share > 0 && share <= 1, "%g", share);
+  for (int i = 0; i < 2; i++) same_as(c->groups[rank], s->part[rank], FMOE_GATE_TOPOLOGY + i, share, &moved[i]);
+  CHECK(fabs(share - 0.14) < 0.02 || (moved[0] < usual[0]) == (share > 0.14), "%lld, %lld", (long long)moved[0], (long long)usual[0]);
+  if (rank == 0) printf("calibrate: of a share of 0.14, %lld choices move, of a measured %g %lld\n", (long long)usual[0], share, (long long)moved[0]);
+  fmoe_cluster_destroy(cluster);
+}
+
+static void test_measured_share(void) {
+  static const int64_t tokens[4] = {200, 200, 200, 200};
+  const shape shape = {.k = 2, .E = 8, .d = 12, .h = 20, .activation = FMOE_GELU};
+  spread *s = spread_create(4, tokens, GATED, shape, seed);
+  crew *c = crew_without_groups((crew_options){.ranks = 4, .over_mailbox = 1, .timeout = 60});
+  crew_run(c, join_from, NULL);
+  crew_run(c, run_shares, s);
+  crew_destroy(c), spread_destroy(s);
+}
+
 #define RUN(test) (begin_test("calibrate: " #test, 200), test())
 
 int main(void) {
@@ -335,6 +391,7 @@ int main(void) {
   if (!mkdtemp(folder)) return perror(folder), 2;
   snprintf(profile, sizeof profile, "%s/profile.json", folder);
   RUN(test_calibrate);
+  RUN(test_measured_share);
   RUN(test_profiles);
   RUN(test_bad_paths);
   RUN(test_wrong_calls);

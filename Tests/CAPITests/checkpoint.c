@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,20 +63,23 @@ static int entries(const char *of) { /* files in a folder */
 
 enum { E = 4, D = 6, H = 5 };
 
+static int32_t gate = FMOE_GATE_TOPK; /* of the layers that follow */
+
 static fmoe_layer_options options(int32_t activation, uint64_t of) {
   return (fmoe_layer_options){.struct_size = sizeof(fmoe_layer_options), .top_k = 2, .d_model = D, .d_hidden = H,
-                              .experts = E, .activation = activation, .seed = of};
+                              .experts = E, .activation = activation, .gate = gate, .seed = of};
 }
 
 /* A hash for each tensor of a rank's values, comparable between layers with as many workers. */
 static uint64_t values_of_sizes(fmoe_layer *layer, int64_t experts, int64_t d, int64_t h) {
   fmoe_tensors t = {.struct_size = sizeof t};
-  float *list[TENSORS];
+  float *list[TENSORS + 1];
   uint64_t hash = 1;
   EXPECT(FMOE_OK, fmoe_layer_values(layer, &t));
-  tensors_of(&t, list);
-  const int64_t e = t.local_experts, sizes[TENSORS] = {experts * d, e * h * d, e * h, e * d * h, e * d, e * h * d};
-  for (int i = 0; i < TENSORS; i++)
+  tensors_of(&t, list), list[TENSORS] = t.noise;
+  const int64_t e = t.local_experts;
+  const int64_t sizes[TENSORS + 1] = {experts * d, e * h * d, e * h, e * d * h, e * d, e * h * d, experts * d};
+  for (int i = 0; i <= TENSORS; i++)
     for (int64_t at = 0; list[i] && at < sizes[i]; at++) {
       uint32_t bits;
       memcpy(&bits, list[i] + at, sizeof bits);
@@ -89,14 +93,15 @@ static uint64_t values_of(fmoe_layer *layer) { return values_of_sizes(layer, E, 
 /* A few steps of AdamW on gradients that depend on the parameter alone, not on the worker that has it. */
 static void learn(fmoe_layer *layer, int steps) {
   fmoe_tensors g = {.struct_size = sizeof g};
-  float *list[TENSORS];
+  float *list[TENSORS + 1];
   EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &g));
-  tensors_of(&g, list);
-  const int64_t e = g.local_experts, each[TENSORS] = {E * D, H * D, H, D * H, D, H * D};
+  tensors_of(&g, list), list[TENSORS] = g.noise;
+  const int64_t e = g.local_experts, each[TENSORS + 1] = {E * D, H * D, H, D * H, D, H * D, E * D};
   const fmoe_adamw_options how = {.struct_size = sizeof how, .learning_rate = 0.01, .weight_decay = 0.1};
   for (int s = 0; s < steps; s++) {
-    for (int i = 0; i < TENSORS; i++) {
-      int64_t count = i == GATE ? each[i] : e * each[i], first = i == GATE ? 0 : g.first_expert * each[i];
+    for (int i = 0; i <= TENSORS; i++) {
+      const int is_of_all = i == GATE || i == TENSORS;
+      int64_t count = is_of_all ? each[i] : e * each[i], first = is_of_all ? 0 : g.first_expert * each[i];
       for (int64_t at = 0; list[i] && at < count; at++) {
         uint64_t state = (uint64_t)(first + at) * 64 + (uint64_t)i * 8 + (uint64_t)s;
         list[i][at] = (float)uniform(&state) - 0.5f;
@@ -155,8 +160,9 @@ static crew *crew_of(int32_t ranks, int over_mailbox) {
                                     .mail = {.seed = seed, .delay_tests = 2, .reorder = 1}});
 }
 
-static void test_any_workers(void) {
-  for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation += FMOE_SWIGLU)
+static void test_any_workers(int32_t of_gate) {
+  gate = of_gate;
+  for (int32_t activation = FMOE_GELU; activation <= (gate ? FMOE_GELU : FMOE_SWIGLU); activation += FMOE_SWIGLU)
     for (int steps = 0; steps < 4; steps += 3) {
       bytes first = {0};
       for (int w = 0; w < 6; w++) {
@@ -181,6 +187,7 @@ static void test_any_workers(void) {
       unlink(in_folder("a")), unlink(in_folder("b"));
     }
   CHECK(entries(folder) == 0, "no draft is left behind");
+  gate = FMOE_GATE_TOPK;
 }
 
 /* More than a piece of what travels at once, over a transport. */
@@ -248,6 +255,34 @@ static void test_format(void) {
   }
   CHECK(file.size == 8 + length + 4 * (E * D + E * (2 * H * D + H + D)), "and nothing else: %zu bytes", file.size);
   free(file.data), fmoe_layer_destroy(layer), unlink(in_folder("a"));
+}
+
+/* The noise's matrix, what AdamW remembers of it, and no layer of another gate that takes it or does without. */
+static void test_noise(void) {
+  fmoe_layer *plain = one(options(FMOE_RELU, 9));
+  EXPECT(FMOE_OK, fmoe_layer_save(plain, in_folder("a")));
+  gate = FMOE_GATE_NOISY;
+  fmoe_layer *layer = one(options(FMOE_RELU, 8));
+  fmoe_tensors t = {.struct_size = sizeof t};
+  EXPECT(FMOE_OK, fmoe_layer_values(layer, &t));
+  uint64_t before = values_of(layer), of_plain = values_of(plain);
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(layer, in_folder("a")));
+  CHECK(strstr(fmoe_last_error(), "lacks the tensor \"gate.noise.weight\""), "%s", fmoe_last_error());
+  learn(layer, 1);
+  EXPECT(FMOE_OK, fmoe_layer_save(layer, in_folder("a")));
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(plain, in_folder("a")));
+  CHECK(strstr(fmoe_last_error(), "gate.noise.weight\""), "%s", fmoe_last_error());
+  CHECK(values_of(layer) != before && values_of(plain) == of_plain, "a refused file changes nothing");
+  bytes file = slurp(in_folder("a"));
+  const float *noise = tensor_in(file, "gate.noise.weight", "4,6", E * D);
+  CHECK(noise && !memcmp(noise, t.noise, E * D * 4), "the noise");
+  const float *mean = tensor_in(file, "optimizer.exp_avg.gate.noise.weight", "4,6", E * D);
+  const float *square = tensor_in(file, "optimizer.exp_avg_sq.gate.noise.weight", "4,6", E * D);
+  for (int i = 0; mean && square && i < E * D; i++) /* as learn made the gradient; one step from 0 */
+    CHECK(mean[i] != 0 && fabsf(mean[i] * mean[i] * 0.1f - square[i]) <= 1e-5f * square[i], "%d: %g, %g", i,
+          (double)mean[i], (double)square[i]);
+  free(file.data), fmoe_layer_destroy(layer), fmoe_layer_destroy(plain), unlink(in_folder("a"));
+  gate = FMOE_GATE_TOPK;
 }
 
 /* ---- what is altered or cut off ---------------------------------------------------------------- */
@@ -615,7 +650,8 @@ int main(void) {
   in_child(with_limit), in_child(on_small_disk);
   unlink(in_folder("full"));
   test_format();
-  test_any_workers();
+  test_noise();
+  test_any_workers(FMOE_GATE_TOPK), test_any_workers(FMOE_GATE_NOISY);
   test_large();
   test_altered();
   test_other_layers();

@@ -62,6 +62,8 @@ static void test_round_trip(void) {
     if (!EXPECT(FMOE_OK, fmoe_cluster_read(once, &second))) continue;
     EXPECT(FMOE_OK, fmoe_cluster_write(second, twice));
     CHECK(!strcmp(slurp(once), slurp(twice)) && strlen(slurp(once)) > 100, "%s", given[i]);
+    if (!i) /* 50 Gbit/s for the eight workers of a host, 88 for each */
+      CHECK(fabs(fmoe_cluster_remote_share(first) - 50.0 / (8 * 88)) < 1e-9, "%g", fmoe_cluster_remote_share(first));
     CHECK(fmoe_cluster_size(first) == (i ? 2 : W) && fmoe_cluster_size(second) == (i ? 2 : W), "%s", given[i]);
     fmoe_layer_options o = layer(16);
     fmoe_plan_report a = {.struct_size = sizeof a}, b = a;
@@ -242,6 +244,13 @@ static void test_refusals(fmoe_cluster *johnny) {
   EXPECT(argument, fmoe_cluster_write(NULL, "x"));
   fmoe_cluster_destroy(NULL);
   CHECK(fmoe_cluster_size(NULL) == 0, "%d", fmoe_cluster_size(NULL));
+  CHECK(fmoe_cluster_remote_share(NULL) == 0, "%g", fmoe_cluster_remote_share(NULL));
+  static const char one[] = "{\"fastermoe_cluster\": 1, \"places\": [{\"name\": \"root\"}], \"workers\": ["
+                            "{\"name\": \"a\", \"in\": \"root\", \"flops_per_second\": [[1, 1e9]]}]}";
+  fmoe_cluster *lone = NULL;
+  EXPECT(FMOE_OK, fmoe_cluster_read(file("one.json", one), &lone));
+  CHECK(fmoe_cluster_remote_share(lone) == 0, "one worker leaves no place: %g", fmoe_cluster_remote_share(lone));
+  fmoe_cluster_destroy(lone);
   report.struct_size = 4;
   EXPECT(options, fmoe_cluster_plan(johnny, &good, hot, NULL, &report));
 
@@ -285,8 +294,8 @@ int main(void) {
     test_plans(johnny), test_refusals(johnny);
     fmoe_cluster_destroy(johnny);
   }
-  const char *names[] = {"two.json", "once.json", "twice.json", "broken.json"};
-  for (int i = 0; i < 4; i++) unlink(file(names[i], NULL));
+  const char *names[] = {"two.json", "once.json", "twice.json", "broken.json", "one.json"};
+  for (int i = 0; i < 5; i++) unlink(file(names[i], NULL));
   CHECK(!rmdir(folder), "a file is left behind in %s", folder);
   return summary();
 }

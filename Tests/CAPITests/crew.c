@@ -14,6 +14,7 @@ static fmoe_group_options group_options(const crew *c) {
   return (fmoe_group_options){.struct_size = sizeof(fmoe_group_options), .bind = 1,
                               .threads = c->options.threads ? c->options.threads : 1,
                               .timeout_seconds = c->options.timeout,
+                              .topology = c->options.topology,
                               .profile = c->options.profile};
 }
 

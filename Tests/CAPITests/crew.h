@@ -11,6 +11,7 @@ typedef struct crew_options {
   int32_t threads;            /* of each; 0: one */
   double timeout;             /* seconds; 0: forever */
   const char *profile;        /* NULL: none */
+  const char *topology;       /* of the group options */
   int32_t over_mailbox;       /* else fmoe_group_create_local */
   mailbox_options mail;
 } crew_options;

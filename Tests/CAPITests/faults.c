@@ -122,6 +122,7 @@ static fmoe_status create_changed(seat *at, int variant) {
     case 4: o.seed++; break;
     case 5: o.balance_loss += 1; break;
     case 6: o.z_loss += 1; break;
+    case 8: o.gate = FMOE_GATE_NOISY; break;
     default: o.experts *= 2; break;
   }
   return create(at, &o);
@@ -151,6 +152,14 @@ static fmoe_status begin_wrongly(seat *at, int variant) {
     }
   }
   CHECK((void *)pass == &untouched, "the call wrote to its out");
+  return status;
+}
+
+static fmoe_status evaluate_alone(seat *at, int variant) {
+  fmoe_pass *pass = NULL;
+  EXPECT(FMOE_OK, fmoe_layer_set_training(at->layer, variant));
+  fmoe_status status = fmoe_gate(at->layer, at->b.x, at->o->tokens, &pass);
+  EXPECT(FMOE_OK, fmoe_layer_set_training(at->layer, 1));
   return status;
 }
 
@@ -213,6 +222,8 @@ static const struct fault {
     {"other balance_loss", CREATE, 0, create_changed, 5, ALL_DISAGREE},
     {"other z_loss", CREATE, 0, create_changed, 6, ALL_DISAGREE},
     {"other experts", CREATE, 0, create_changed, 7, ALL_DISAGREE},
+    {"other gate", CREATE, 0, create_changed, 8, ALL_DISAGREE},
+    {"evaluating, the others train", BEGIN, 0, evaluate_alone, 0, ALL_DISAGREE},
     {"negative n", BEGIN, 0, begin_wrongly, 0, OWN(ARGUMENT)},
     {"no tokens", BEGIN, 0, begin_wrongly, 1, OWN(ARGUMENT)},
     {"no out", BEGIN, 0, begin_wrongly, 2, OWN(ARGUMENT)},

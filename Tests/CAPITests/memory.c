@@ -139,9 +139,8 @@ static int32_t choices[N * K];
 static float output[MOST][N * D], grad_tokens[MOST][N * D], grad_weights[MOST][N * K];
 
 static const fmoe_group_options group_options = {.struct_size = sizeof group_options, .threads = 2, .bind = 1};
-static const fmoe_layer_options layer_options = {.struct_size = sizeof layer_options, .top_k = K, .d_model = D,
-                                                 .d_hidden = H, .experts = E, .seed = 5, .balance_loss = 0.1,
-                                                 .z_loss = 0.1};
+static fmoe_layer_options layer_options = {.struct_size = sizeof layer_options, .top_k = K, .d_model = D, .d_hidden = H,
+                                           .experts = E, .seed = 5, .balance_loss = 0.1, .z_loss = 0.1};
 
 /* Sums of bits: equal exactly if the values are, for all that tests need. */
 static uint64_t mix(uint64_t hash, const float *values, int64_t count) {
@@ -309,7 +308,7 @@ static void steady_steps(int32_t rank) {
   fmoe_group *group = join(rank);
   fmoe_layer *layer = NULL;
   EXPECT(FMOE_OK, fmoe_layer_create(group, &layer_options, &layer));
-  for (int routed = 0; routed < 2; routed++) {
+  for (int routed = 0; routed < (layer_options.gate ? 1 : 2); routed++) {
     for (int i = 0; i < 3; i++) step(rank, layer, N, routed);
     for (size_t i = 0; i < sizeof tokens_of_step / sizeof *tokens_of_step; i++) {
       meet();
@@ -318,8 +317,8 @@ static void steady_steps(int32_t rank) {
       step(rank, layer, tokens_of_step[i], routed);
       meet();
       if (rank == 0)
-        CHECK(allocations == before, "%s, %lld allocations in a %s step of %d tokens", kind_names[kind],
-              allocations - before, routed ? "routed" : "gated", (int)tokens_of_step[i]);
+        CHECK(allocations == before, "%s, gate %d, %lld allocations in a %s step of %d tokens", kind_names[kind],
+              layer_options.gate, allocations - before, routed ? "routed" : "gated", (int)tokens_of_step[i]);
       meet(); /* destroying may allocate */
     }
   }
@@ -327,7 +326,18 @@ static void steady_steps(int32_t rank) {
   part(rank);
 }
 
-static void test_steady_state(int of_kind) { adamw_too = 1, run_ranks(of_kind, steady_steps), adamw_too = 0; }
+static void test_steady_state(int of_kind) {
+  const fmoe_layer_options usual = layer_options;
+  adamw_too = 1;
+  for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_HIERARCHICAL; gate++) {
+    layer_options.gate = gate;
+    if (gate == FMOE_GATE_BASE) layer_options.top_k = 1, layer_options.balance_loss = 0;
+    for (int32_t drop = 0; drop < (gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD ? 2 : 1); drop++)
+      layer_options.drop = drop, run_ranks(of_kind, steady_steps);
+    layer_options = usual;
+  }
+  adamw_too = 0;
+}
 
 /* Several layers and passes of one group, given up at every stage and in changing order. */
 static void short_life(int32_t rank, int turn) {

@@ -314,6 +314,31 @@ static void test_layer_options(void) {
     o = layer_options(), o.activation = bad_choice[i], refuse_layer(group, argument, options_status, o);
     o = layer_options(), o.gate = bad_choice[i], refuse_layer(group, argument, options_status, o);
   }
+  for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_HIERARCHICAL; gate++) {
+    const int has_room = gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD, is_near = gate >= FMOE_GATE_TOPOLOGY;
+    const double bad[] = {-1, NAN, INFINITY, -INFINITY, 1.5};
+    for (int i = 0; i < 5; i++) {
+      o = layer_options(), o.gate = gate, o.top_k = 0, o.remote_share = bad[i];
+      refuse_layer(group, argument, options_status, o);
+      o = layer_options(), o.gate = gate, o.top_k = 0, o.capacity_factor = bad[i];
+      if (!has_room || i < 4) refuse_layer(group, argument, options_status, o);
+    }
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.drop = has_room ? 2 : 1;
+    refuse_layer(group, options_status, options_status, o);
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.reserved = 1;
+    refuse_layer(group, options_status, options_status, o);
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.capacity_factor = 1e300 * has_room, o.remote_share = is_near;
+    layer = layer_with(group, o), fmoe_layer_destroy(layer);
+  }
+  o = layer_options(), o.gate = FMOE_GATE_BASE, o.top_k = 2, refuse_layer(group, options_status, options_status, o);
+  o = layer_options(), o.gate = FMOE_GATE_BASE, o.top_k = 1, o.balance_loss = 0.1;
+  refuse_layer(group, options_status, options_status, o);
+  layer = layer_with(group, layer_options());
+  static const int32_t bad_training[] = {-1, 2, INT32_MAX};
+  for (int i = 0; i < 3; i++) EXPECT(argument, fmoe_layer_set_training(layer, bad_training[i]));
+  EXPECT(argument, fmoe_layer_set_training(NULL, 1));
+  EXPECT(FMOE_OK, fmoe_layer_set_training(layer, 0));
+  fmoe_layer_destroy(layer);
   o = layer_options(), o.top_k = 0; /* the default is 2 */
   layer = layer_with(group, o);
   fmoe_routing routing = {.struct_size = sizeof routing};
@@ -597,23 +622,6 @@ static void test_topology(void) {
   REFUSED(FMOE_ERROR_FILE, FMOE_ERROR_TOPOLOGY, fmoe_group, fmoe_group_create_local(1, &o, &out));
 }
 
-/* ---- what this version cannot do yet: a line goes when its feature comes --------------------- */
-
-static void test_not_yet(void) {
-  const fmoe_status not_yet = FMOE_ERROR_UNSUPPORTED;
-  fmoe_group *group = alone();
-  fmoe_layer *layer = layer_with(group, layer_options());
-  fmoe_pass *pass = gated(layer);
-  for (int32_t gate = FMOE_GATE_NOISY; gate <= FMOE_GATE_HIERARCHICAL; gate++) {
-    fmoe_layer_options options = layer_options();
-    options.gate = gate;
-    refuse_layer(group, not_yet, not_yet, options);
-  }
-  fmoe_pass_destroy(pass);
-  check_step(layer);
-  fmoe_layer_destroy(layer), fmoe_group_destroy(group);
-}
-
 /* ---- the process around it ----------------------------------------------------------------- */
 
 static void test_good_neighbour(void) {
@@ -660,7 +668,6 @@ int main(int count, char **arguments) {
   test_destroy_orders();
   test_non_finite_tokens();
   test_topology();
-  test_not_yet();
   test_good_neighbour();
 
   struct stat said;

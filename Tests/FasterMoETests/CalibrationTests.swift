@@ -39,6 +39,8 @@ import Testing
       cluster.messageSlowdown == 1.5
         && cluster.rates[1].products == WorkerRates(Self.rates(3e9)).products,
       "rank 2 is on seat 1")
+    // Two ranks on each host share its link: an eighth of the rate, for twice as many.
+    #expect(abs(try #require(cluster.remoteShare) - 1 / 16) < 1e-12)
     // Alone on their hosts, ranks have no links of their own.
     let apart = try Cluster(
       Cluster.Document(
@@ -47,6 +49,7 @@ import Testing
           rates: [Self.rates(1), Self.rates(1)], withinHosts: nil, betweenHosts: Self.link(3e-5, 1e9),
           messageSlowdown: 1)))
     #expect(abs(apart.cost(from: 0, to: 1).latency - 3e-5) < 1e-12)
+    #expect(apart.remoteShare == nil, "nothing to balance against")
     // Who shares memory has none at all.
     let together = try Cluster(
       Cluster.Document(

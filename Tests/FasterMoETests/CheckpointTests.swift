@@ -41,24 +41,27 @@ import Testing
   }
 
   @Test func namesAreThoseOfTheField() throws {
-    let plain = Contents(try Self.shape(.gelu), hasMoments: false)
+    let plain = Contents(try Self.shape(.gelu), isNoisy: false, hasMoments: false)
     #expect(
       plain.tensors.map { "\($0.name) \($0.shape)" } == [
         "gate.weight [2, 3]", "experts.0.w1.weight [5, 3]", "experts.0.w1.bias [5]", "experts.0.w2.weight [3, 5]",
         "experts.0.w2.bias [3]", "experts.1.w1.weight [5, 3]", "experts.1.w1.bias [5]", "experts.1.w2.weight [3, 5]",
         "experts.1.w2.bias [3]",
       ])
-    let gated = Contents(try Self.shape(.swiglu), hasMoments: true)
+    let gated = Contents(try Self.shape(.swiglu), isNoisy: false, hasMoments: true)
     #expect(gated.tensors.count == 3 * (1 + 2 * 3))
     #expect(gated.tensors[7].name == "optimizer.exp_avg.gate.weight")
     #expect(gated.tensors.last!.name == "optimizer.exp_avg_sq.experts.1.w3.weight")
+    let noisy = Contents(try Self.shape(.swiglu), isNoisy: true, hasMoments: true)
+    #expect(noisy.tensors.count == 3 * (2 + 2 * 3) && noisy.tensors[1].name == "gate.noise.weight")
+    #expect(noisy.tensors[9].name == "optimizer.exp_avg.gate.noise.weight" && noisy.tensors[9].shape == [2, 3])
     #expect(gated.stored.first! == Safetensors.Tensor("optimizer.step", "I64", [], 0..<8))
   }
 
-  @Test(arguments: [Activation.relu, .swiglu], [false, true])
-  func aFileIsWithoutGapsAndMatchesItsOwnLayer(activation: Activation, hasMoments: Bool) throws {
-    let shape = try Self.shape(activation)
-    let contents = Contents(shape, hasMoments: hasMoments)
+  @Test(arguments: [(Activation.relu, false), (.relu, true), (.swiglu, false)], [false, true])
+  func aFileIsWithoutGapsAndMatchesItsOwnLayer(of layer: (Activation, isNoisy: Bool), hasMoments: Bool) throws {
+    let shape = try Self.shape(layer.0)
+    let contents = Contents(shape, isNoisy: layer.isNoisy, hasMoments: hasMoments)
     var end = 0
     for tensor in contents.stored {
       #expect(tensor.bytes.lowerBound == end && tensor.bytes.lowerBound % 4 == 0)
@@ -66,7 +69,7 @@ import Testing
     }
     // In any order, each is found again.
     let order = contents.stored.sorted { $0.name < $1.name }
-    let (same, numbers) = try Contents.match(order, shape)
+    let (same, numbers) = try Contents.match(order, shape, isNoisy: layer.isNoisy)
     #expect(same == contents)
     for (place, number) in numbers.enumerated() {
       #expect(order[place].name == number.map { contents.tensors[$0].name } ?? Contents.steps)
@@ -75,7 +78,7 @@ import Testing
 
   @Test func whatDiffersIsNamed() throws {
     let shape = try Self.shape(.gelu)
-    let stored = Contents(shape, hasMoments: true).stored
+    let stored = Contents(shape, isNoisy: false, hasMoments: true).stored
     for place in stored.indices {
       let tensor = stored[place]
       for changed in [
@@ -87,14 +90,15 @@ import Testing
       ] {
         var found = stored
         found[place...place] = changed.map { [$0] } ?? []
-        let failure = #expect(throws: Failure.self) { _ = try Contents.match(found, shape) }
+        let failure = #expect(throws: Failure.self) { _ = try Contents.match(found, shape, isNoisy: false) }
         #expect(failure?.kind == .file && failure!.message.contains("\"\(tensor.name)\""), "\(failure!.message)")
       }
     }
-    let more = Contents(try Shape(model: 3, hidden: 5, experts: 3, choices: 1, activation: .gelu), hasMoments: false)
+    let more = Contents(
+      try Shape(model: 3, hidden: 5, experts: 3, choices: 1, activation: .gelu), isNoisy: false, hasMoments: false)
     var found = more.stored
-    found[0] = Contents(shape, hasMoments: false).stored[0]
-    let failure = #expect(throws: Failure.self) { _ = try Contents.match(found, shape) }
+    found[0] = Contents(shape, isNoisy: false, hasMoments: false).stored[0]
+    let failure = #expect(throws: Failure.self) { _ = try Contents.match(found, shape, isNoisy: false) }
     #expect(failure!.message.contains("\"experts.2.w1.weight\""), "\(failure!.message)")
   }
 }

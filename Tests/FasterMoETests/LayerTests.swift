@@ -18,11 +18,12 @@ private struct Outcome: Equatable {
   }
 
   private static func run(
-    threads: Int, choices k: Int = 2, activation: Activation = .gelu, order: [Int] = Array(0..<n), n: Int = n
+    threads: Int, choices k: Int = 2, activation: Activation = .gelu, gate: any Gate = TopKGate(),
+    order: [Int] = Array(0..<n), n: Int = n
   ) throws -> Outcome {
     let shape = try Shape(model: d, hidden: h, experts: experts, choices: k, activation: activation)
     let layer = try Layer.together(group(threads: threads)) {
-      Layer.Options(shape, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
+      Layer.Options(shape, gate: gate, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
     }
     return try run(layer, order: order, n: n)
   }
@@ -55,6 +56,19 @@ private struct Outcome: Equatable {
     let alone = try Self.run(threads: 1, choices: k, activation: activation)
     for threads in [1, 2, 3, 8] {
       #expect(try Self.run(threads: threads, choices: k, activation: activation) == alone, "\(threads) threads")
+    }
+  }
+
+  @Test func everyGateGivesTheSameBitsForAnyThreads() throws {
+    let tight = Capacity(factor: 0.7, inEvaluation: 1)
+    let gates: [(any Gate, Int)] = [
+      (NoisyGate(), 2), (SwitchGate(tight), 1),
+      (SwitchGate(Capacity(factor: 0.7, inEvaluation: 1, dropping: .lightest)), 2),
+      (GShardGate(tight), 2), (BaseGate(), 1), (NearGate(share: 0.1, .every), 2),
+    ]
+    for (gate, k) in gates {
+      let alone = try Self.run(threads: 1, choices: k, gate: gate)
+      for threads in [2, 3] { #expect(try Self.run(threads: threads, choices: k, gate: gate) == alone, "\(gate)") }
     }
   }
 

@@ -237,6 +237,26 @@ final class Mailbox: @unchecked Sendable {
     #expect(Places([low, middle]).sharing(of: 0) == (0, 2, false))
   }
 
+  @Test func levelsAreThoseThatDivide() throws {
+    let machine = try Topology(description: "pack:2 [numa] core:4 pu:2")
+    func share(_ host: String, _ index: Int, of count: Int) throws -> Place {
+      var place = try Self.place(host, host, cores: "pack:2 [numa] core:4 pu:2")
+      place.settle(on: machine.cores[machine.share(of: index, among: count)])
+      return place
+    }
+    let one = try (0..<4).map { try share("a", $0, of: 4) }
+    #expect(Places(one).levels == [[0, 0, 2, 2]], "two packages, each with one node")
+    let two = try (0..<4).map { try share($0 < 2 ? "a" : "b", $0 % 2, of: 2) }
+    #expect(Places(two).levels == [[0, 0, 2, 2], [0, 1, 2, 3]], "two hosts of two packages")
+    #expect(Places([one[0]]).levels == [] && Places([one[0], one[1]]).levels == [])
+    let fine = try Group.local(
+      4,
+      {
+        var o = Group.Options(); o.threads = 1; return o
+      }())
+    #expect(fine[3].crossings(to: 3) == 0 && fine[3].levels == fine[0].levels)
+  }
+
   @Test func sharesAreWholeNodesOrPartsOfOne() throws {
     func shares(_ machine: String, _ count: Int) throws -> [Range<Int>] {
       let topology = try Topology(description: machine)

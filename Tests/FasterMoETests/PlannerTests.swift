@@ -52,6 +52,15 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
 }
 
 @Suite struct PlannerTests {
+  /// W_net/(M·W_local): 50/(8·88) on johnny; on trevor the slower of the two kinds of workers counts.
+  @Test func remoteSharesBalanceAPlaceWithItsWorkers() throws {
+    #expect(abs(johnny.remoteShare! - 50.0 / (8 * 88)) < 1e-12)
+    #expect(abs(trevor.remoteShare! - 62.0 / (4 * 62)) < 1e-12)
+    // Out of a processor of johnny over its own link, 180/(4·88); the other one's has no limit.
+    let shares = [0, 4].map { seat in johnny.remoteShare(of: seat, leaving: johnny.nodes[seat].parent)! }
+    #expect(shares.max()! == 1 && abs(shares.min()! - 180.0 / (4 * 88)) < 1e-12)
+  }
+
   // MARK: The paper's clusters
 
   /// (cluster, model, batch, comm ms, comp ms, R_CC, 3 comp + 4 comm ms, P-bar TFLOP/s or nil)

@@ -167,4 +167,32 @@ package struct Cluster: Sendable {
     let tree = nodes.reduce(0) { max($0, $1.up.slowness, $1.down.slowness) }
     return ByteRate(1 / tree)
   }
+
+  // MARK: What may leave a place
+
+  /// The share of a worker's choices that may leave `place`, a node above it, so that the place's link is busy no longer
+  /// than the worker's own: W_net/(M·W_local) for M workers in the place (FasterMoE §4.3). nil where the worker's link has no
+  /// limit, so that there is nothing to balance against.
+  package func remoteShare(of seat: Int, leaving place: Int) -> Double? {
+    let own = max(nodes[seat].up.slowness, nodes[seat].down.slowness)
+    guard own > 0, place != seat else { return nil }
+    let net = max(nodes[place].up.slowness, nodes[place].down.slowness) * Double(nodes[place].seats.count)
+    return net > own ? own / net : 1
+  }
+
+  /// The smallest share over all workers for leaving the widest places that divide them; nil if no worker's link has a
+  /// limit or the workers are one place.
+  package var remoteShare: Double? {
+    guard workers > 1 else { return nil }
+    // The lowest node in which all are together; the places are those below it.
+    var root = nodes.count - 1
+    while let child = nodes.indices.first(where: {
+      $0 != root && nodes[$0].parent == root && nodes[$0].seats.count == workers
+    }) { root = child }
+    return (0..<workers).compactMap { seat -> Double? in
+      var place = seat
+      while nodes[place].parent != root { place = nodes[place].parent }
+      return remoteShare(of: seat, leaving: place)
+    }.min()
+  }
 }

@@ -14,15 +14,18 @@ package struct Contents: Equatable {
       }
     }
   }
-  /// A tensor of such a block; the gate is every worker's, of the others each worker has its experts' part.
-  package enum Part: CaseIterable, Sendable { case gate, inward, inwardBias, outward, outwardBias, inwardLinear }
+  /// A tensor of such a block; those of the gate are every worker's, of the others each worker has its experts' part.
+  package enum Part: CaseIterable, Sendable {
+    case gate, noise, inward, inwardBias, outward, outwardBias, inwardLinear
+    package var isOfAll: Bool { self == .gate || self == .noise }
+  }
 
   package struct Tensor: Equatable, Sendable {
     package let name: String
     package let shape: [Int]
     package let block: Block
     package let part: Part
-    /// Of all experts; 0 for the gate.
+    /// Of all experts; 0 for those of the gate.
     package let expert: Int
     package var count: Int { shape.reduce(1, *) }
   }
@@ -33,7 +36,8 @@ package struct Contents: Equatable {
   package let tensors: [Tensor]
   package let hasMoments: Bool
 
-  package init(_ shape: Shape, hasMoments: Bool) {
+  /// `isNoisy`: whether the gate also learns the width of its noise.
+  package init(_ shape: Shape, isNoisy: Bool, hasMoments: Bool) {
     self.hasMoments = hasMoments
     let (d, h) = (shape.model, shape.hidden)
     let parts: [(Part, String, [Int])] =
@@ -43,11 +47,12 @@ package struct Contents: Equatable {
         (.inward, "w1.weight", [h, d]), (.inwardBias, "w1.bias", [h]), (.outward, "w2.weight", [d, h]),
         (.outwardBias, "w2.bias", [d]),
       ]
+    let gates: [(Part, String)] =
+      isNoisy ? [(.gate, "gate.weight"), (.noise, "gate.noise.weight")] : [(.gate, "gate.weight")]
     tensors = (hasMoments ? Block.allCases : [.values]).flatMap { block in
-      [
-        Tensor(
-          name: "\(block.prefix)gate.weight", shape: [shape.experts, d], block: block, part: .gate, expert: 0)
-      ]
+      gates.map { part, name in
+        Tensor(name: "\(block.prefix)\(name)", shape: [shape.experts, d], block: block, part: part, expert: 0)
+      }
         + (0..<shape.experts).flatMap { expert in
           parts.map { part, name, shape in
             Tensor(
@@ -71,8 +76,10 @@ package struct Contents: Equatable {
   /// The contents of a file that holds `found`, and for each found tensor its number among these, nil for the steps.
   ///
   /// Fails, naming the tensor, unless a layer of this shape has all of them, just like that, and no others.
-  package static func match(_ found: [Safetensors.Tensor], _ shape: Shape) throws(Failure) -> (Contents, [Int?]) {
-    let contents = Contents(shape, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
+  package static func match(_ found: [Safetensors.Tensor], _ shape: Shape, isNoisy: Bool) throws(Failure) -> (
+    Contents, [Int?]
+  ) {
+    let contents = Contents(shape, isNoisy: isNoisy, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
     var places: [String: Int] = [:]
     for (place, tensor) in found.enumerated() { places[tensor.name] = place }
     var numbers = [Int?](repeating: nil, count: found.count)

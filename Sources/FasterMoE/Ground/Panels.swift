@@ -27,6 +27,12 @@ package struct Panels {
     base + row &* blocks &* Panels.lanes
   }
 
+  /// 16 columns of one of `rows` rows: block `index`.
+  @inline(__always) package func block(_ index: Int, row: Int, of rows: Int) -> UnsafeMutablePointer<Float> {
+    let first = row / Panels.height &* Panels.height
+    return panel(first) + (index &* min(Panels.height, rows &- first) &+ row &- first) &* Panels.lanes
+  }
+
   /// The same matrix seen from `row` on, which must begin a panel.
   package func from(_ row: Int) -> Panels { Panels(panel(row), width: width) }
 

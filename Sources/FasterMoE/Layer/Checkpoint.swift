@@ -12,7 +12,7 @@ extension Layer {
       try group.agree(.save, own, same: same(UInt64(moments.map { $0.steps + 1 } ?? 0)), words: courier.words(moments)))
     let outcome = failure { () throws(Failure) in
       try courier.run { () throws(Failure) in
-        let contents = Contents(shape, hasMoments: moments != nil)
+        let contents = Contents(shape, isNoisy: rule.isNoisy, hasMoments: moments != nil)
         let file = try Safetensors.Writer(path!, contents.stored)
         if let moments {
           var steps = Int64(moments.steps).littleEndian
@@ -49,7 +49,7 @@ extension Layer {
       try courier.run { () throws(Failure) in
         let reader = try Safetensors.Reader(path!)
         do throws(Failure) {
-          (contents, numbers) = try Contents.match(reader.tensors, shape)
+          (contents, numbers) = try Contents.match(reader.tensors, shape, isNoisy: rule.isNoisy)
         } catch {
           throw error.kind == .file ? reader.file.complaint(error.message) : error
         }
@@ -202,14 +202,14 @@ private final class Courier {
     return UnsafePointer(buffer)
   }
 
-  /// Puts what is in the buffer to where `tensor` is, `count` values from `first` on: of its owner, or the gate of all.
+  /// Puts what is in the buffer to where `tensor` is, `count` values from `first` on: of its owner, or, of the gate, of all.
   func store(_ tensor: Contents.Tensor, _ first: Int, _ count: Int) throws(Failure) {
     let (owner, block, place) = place(of: tensor, first)
-    for rank in 0..<group.size where rank == owner || tensor.part == .gate {
+    for rank in 0..<group.size where rank == owner || tensor.part.isOfAll {
       if let base = base(rank, block) { (base + place).update(from: buffer, count: count) }
     }
     guard let wire else { return }
-    if tensor.part == .gate {
+    if tensor.part.isOfAll {
       try send(.take, -1, block, place, count)
       try wire.broadcast(buffer, count: count, from: 0)
     } else if owner != 0 {

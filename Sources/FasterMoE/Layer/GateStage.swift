@@ -1,52 +1,64 @@
 /// From tokens to choices, and from the gradients of the weights back to tokens and gate.
 extension PassContext {
-  /// Logits, choices and weights of all tokens, by tasks of `gateRows` tokens.
+  /// Whether anything is summed over tokens, for losses.
+  private var needsSums: Bool { layer.losses.needProbabilities || varies }
+  /// Whether the noisy gate has its loss.
+  private var varies: Bool { noise != nil && layer.variation != 0 }
+
+  /// Scores, choices and weights of all tokens, by tasks of `gateRows` tokens.
   func chooseExperts() {
-    let (d, experts) = (shape.model, shape.experts)
+    let (d, padded) = (shape.model, Panels.padded(shape.experts))
     while case let task = team.take(), let rows = gateRows(task) {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
-      let scores = product(desk.tokens, Factor(transposing: layer.values.gate, depth: d, columns: experts))
+      let scores = product(desk.tokens, Factor(transposing: layer.values.gate, depth: d, columns: layer.columns))
       forEachTile(rows.count, scores) { column, first, high, tile, _ in
         store.logits.put(tile, high: high, row: rows.lowerBound + first, column: column)
       }
-      let sums = layer.losses.needProbabilities ? store.probabilitySums + task * Panels.padded(experts) : nil
-      sums?.update(repeating: 0, count: Panels.padded(experts))
+      let sums = needsSums ? store.taskSums + task * 2 * padded : nil
+      sums?.update(repeating: 0, count: 2 * padded)
       var squares = 0.0
-      for token in rows { choose(token, addingProbabilitiesTo: sums, squares: &squares) }
-      if layer.losses.needProbabilities { store.squareSums[task] = squares }
+      for token in rows { choose(token, addingTo: sums, squares: &squares) }
+      if needsSums { store.squareSums[task] = squares }
     }
   }
 
-  private func choose(_ token: Int, addingProbabilitiesTo sums: UnsafeMutablePointer<Float>?, squares: inout Double) {
-    let (k, experts) = (shape.choices, shape.experts)
-    let choices = store.routing.choices + token * k
+  private func choose(_ token: Int, addingTo sums: UnsafeMutablePointer<Float>?, squares: inout Double) {
+    let (k, experts, padded) = (shape.choices, shape.experts, Panels.padded(shape.experts))
+    let picks = store.routing.choices + token * k
     let weights = store.routing.weights + token * k
-    readLogits(token)
-    if k == 1 || sums != nil {
-      let logSum = TopK.softmax(desk.logits, experts: experts, into: desk.probabilities)
+    readScores(token)
+    if layer.losses.needProbabilities || layer.rule.weighing.needsProbabilities(choices: k) {
+      let logSum = TopK.softmax(desk.scores, experts: experts, into: desk.probabilities)
       squares += Double(logSum) * Double(logSum)
     }
-    if let sums {
-      for block in stride(from: 0, to: Panels.padded(experts), by: 16) {
+    choose(into: picks, weights)
+    guard let sums else { return }
+    if varies {
+      for choice in 0..<k { sums[Int(picks[choice])] += weights[choice] }
+      _ = desk.noise.findBars(desk.scores, picks, choices: k, rest: desk.logits)
+      desk.noise.addLoad(to: sums + padded)
+    } else {
+      for block in stride(from: 0, to: padded, by: 16) {
         sums.store(sums.vector(at: block) + desk.probabilities.vector(at: block), at: block)
       }
     }
-    TopK.choose(desk.logits, experts: experts, choices: k, into: choices)
-    if k == 1 {
-      weights[0] = desk.probabilities[Int(choices[0])]
-    } else {
-      readLogits(token)
-      for choice in 0..<k { weights[choice] = desk.logits[Int(choices[choice])] }
-      TopK.softmaxOfChosen(weights, choices: k)
-    }
+  }
+
+  /// Chooses by the scores of the desk and weighs; leaves the scores without those that were chosen in `logits`.
+  private func choose(into picks: UnsafeMutablePointer<Int32>, _ weights: UnsafeMutablePointer<Float>) {
+    let (k, experts) = (shape.choices, shape.experts)
+    desk.logits.update(from: desk.scores, count: Panels.padded(experts))
+    TopK.choose(desk.logits, experts: experts, choices: k, into: picks)
+    layer.rule.weighing.weigh(
+      picks, choices: k, logits: desk.scores, probabilities: desk.probabilities, into: weights)
   }
 
   /// grad_tokens = what came back from the experts + what goes through the gate; adds the gate's gradient.
   func backwardThroughGate(into gradTokens: UnsafeMutablePointer<Float>) {
-    let (d, experts) = (shape.model, shape.experts)
+    let d = shape.model
     while case let task = team.take(), let rows = gateRows(task) {
       for token in rows { backwardThroughChoice(token) }
-      let gate = Factor(layer.values.gate, depth: experts, columns: d)
+      let gate = Factor(layer.values.gate, depth: layer.columns, columns: d)
       forEachTile(rows.count, product(store.logits.from(rows.lowerBound), gate)) { column, first, high, tile, _ in
         for row in first + Panels.height..<max(first + Panels.height, min(first + 2 * Panels.height, rows.count)) {
           prefetchRows(rows.lowerBound + row, column, min(Strip.width, d - column))
@@ -70,49 +82,61 @@ extension PassContext {
       while let rows = gateRows(task) {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
         addOuter(
-          store.logits.from(rows.lowerBound), 0..<experts, columns, rows: rows.count, times: 1,
+          store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
           to: layer.gradients.gate + column, stride: d)
         task += 1
       }
     }
   }
 
-  /// The gradient in one token's logits, in their place.
+  /// The gradient in one token's scores, in their place.
   private func backwardThroughChoice(_ token: Int) {
-    let (k, experts) = (shape.choices, shape.experts)
+    let (k, experts, weighing) = (shape.choices, shape.experts, layer.rule.weighing)
+    let ds = store.gradWeights + token * k
+    var (picks, weights) = (store.routing.choices + token * k, store.routing.weights + token * k)
     var logSum: Float = 0
-    if k == 1 || layer.losses.needProbabilities {
-      readLogits(token)
-      logSum = TopK.softmax(desk.logits, experts: experts, into: desk.probabilities)
+    readScores(token)
+    if layer.losses.needProbabilities || weighing.needsProbabilities(choices: k) {
+      logSum = TopK.softmax(desk.scores, experts: experts, into: desk.probabilities)
     }
-    desk.gradLogits.update(repeating: 0, count: Panels.padded(experts))
-    TopK.backward(
-      choices: store.routing.choices + token * k, weights: store.routing.weights + token * k,
-      gradWeights: store.gradWeights + token * k, choices: k, probabilities: desk.probabilities, experts: experts,
-      addingTo: desk.gradLogits)
+    if layer.rule.dropsWeighedChoices || varies {
+      // What was dropped took part in the softmax: the same choices again as before anything was dropped.
+      (picks, weights) = (desk.picks, desk.weights)
+      choose(into: picks, weights)
+    }
+    desk.gradScores.update(repeating: 0, count: Panels.padded(layer.columns))
+    if noise != nil && !varies { desk.noise.clearGradients() }
+    if varies {
+      let slopes = store.slopes
+      for choice in 0..<k { ds[choice] += slopes[Int(picks[choice])] }
+      let bars = desk.noise.findBars(desk.scores, picks, choices: k, rest: desk.logits)
+      desk.noise.backwardLoad(
+        slopes + Panels.padded(experts), picks, choices: k, bars: bars, addingTo: desk.gradScores)
+    }
+    weighing.backward(
+      picks, choices: k, weights: weights, gradWeights: ds, probabilities: desk.probabilities, experts: experts,
+      addingTo: desk.gradScores)
     if layer.losses.needProbabilities {
       layer.losses.backward(
         probabilities: desk.probabilities, logSum: logSum, shares: store.shares, experts: experts, tokens: count,
-        addingTo: desk.gradLogits)
+        addingTo: desk.gradScores)
     }
-    forEachBlock(of: token) { to, block in to.store(desk.gradLogits.vector(at: block)) }
+    if noise != nil { desk.noise.backward(desk.gradScores) }
+    forEachBlock(of: token) { to, block in to.store(desk.gradScores.vector(at: block)) }
   }
 
-  /// One token's logits side by side, -∞ behind the last expert.
-  private func readLogits(_ token: Int) {
-    forEachBlock(of: token) { from, block in desk.logits.store(from.vector(), at: block) }
-    for expert in shape.experts..<Panels.padded(shape.experts) { desk.logits[expert] = -.infinity }
+  /// One token's scores side by side, noise included, -∞ behind the last expert.
+  private func readScores(_ token: Int) {
+    forEachBlock(of: token) { from, block in desk.scores.store(from.vector(), at: block) }
+    if let noise { desk.noise.add(to: desk.scores, noise, token: firstToken + token) }
+    for expert in shape.experts..<Panels.padded(shape.experts) { desk.scores[expert] = -.infinity }
   }
 
   /// The 16-expert blocks of one token's logits: where each stands, and its first expert.
   @inline(__always)
   private func forEachBlock(of token: Int, _ body: (UnsafeMutablePointer<Float>, Int) -> Void) {
-    let first = token / Panels.height * Panels.height
-    let step = min(Panels.height, count - first) * Panels.lanes
-    var at = store.logits.panel(first) + (token - first) * Panels.lanes
     for block in 0..<store.logits.blocks {
-      body(at, block * Panels.lanes)
-      at += step
+      body(store.logits.block(block, row: token, of: count), block * Panels.lanes)
     }
   }
 

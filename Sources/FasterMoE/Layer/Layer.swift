@@ -5,7 +5,17 @@ import Glibc
 package final class Layer {
   package let group: Group
   package let shape: Shape
+  package let rule: any Gate
   package let losses: RouterLosses
+  /// The coefficient of the noisy gate's loss, which stands for its balance loss.
+  let variation: Double
+  /// Of the gate's matrix: E, or 2·E where it also learns the width of its noise.
+  let columns: Int
+  let seed: UInt64
+  /// Whether the gate does what it only does in training; equal on all ranks whenever they gate.
+  package var isTraining = true
+  /// [E] how many levels of the tree of places a row of this worker crosses on its way to each expert.
+  let crossings: UnsafeMutablePointer<Int32>
   /// The experts that this worker owns.
   package let owned: Range<Int>
   /// The layer's number in its group, and that of its latest pass: equal on all ranks.
@@ -18,15 +28,22 @@ package final class Layer {
   private let zeroing: Zeroing
   /// Passes whose batch is done; their memory serves the next ones.
   private var idle: [Pass] = []
-  private var known: (calibration: Calibration, cluster: Cluster)?
 
   package struct Options {
     package let shape: Shape
+    package let gate: any Gate
+    /// What else must be equal on all ranks for their gates to be.
+    package let gateNumbers: SIMD4<UInt64>
     package let losses: RouterLosses
     package let seed: UInt64
 
-    package init(_ shape: Shape, losses: RouterLosses = RouterLosses(), seed: UInt64) {
+    package init(
+      _ shape: Shape, gate: any Gate = TopKGate(), gateNumbers: SIMD4<UInt64> = .zero,
+      losses: RouterLosses = RouterLosses(), seed: UInt64
+    ) {
       self.shape = shape
+      self.gate = gate
+      self.gateNumbers = gateNumbers
       self.losses = losses
       self.seed = seed
     }
@@ -40,9 +57,10 @@ package final class Layer {
         case .silu: 3
         case .swiglu: 4
         }
+      func pair(_ high: Int, _ low: Int) -> UInt64 { UInt64(high) << 32 | UInt64(low) }
       return [
-        UInt64(shape.model), UInt64(shape.hidden), UInt64(shape.experts), UInt64(shape.choices), activation, seed,
-        losses.balance.bitPattern, losses.z.bitPattern,
+        pair(shape.model, shape.hidden), pair(shape.experts, shape.choices), activation << 32 | gateNumbers[0], seed,
+        losses.balance.bitPattern, losses.z.bitPattern, gateNumbers[1], gateNumbers[2] ^ gateNumbers[3],
       ]
     }
   }
@@ -67,16 +85,24 @@ package final class Layer {
   private init(_ group: Group, _ options: Options) throws(Failure) {
     self.group = group
     shape = options.shape
-    losses = options.losses
+    rule = options.gate
+    losses = RouterLosses(balance: rule.isNoisy ? 0 : options.losses.balance, z: options.losses.z)
+    variation = rule.isNoisy ? options.losses.balance : 0
+    columns = shape.experts * (rule.isNoisy ? 2 : 1)
+    seed = options.seed
     number = group.layers
     let each = shape.experts / group.size
     owned = group.rank * each..<(group.rank + 1) * each
-    values = try Parameters(shape, owned: each)
-    gradients = try Parameters(shape, owned: each)
+    values = try Parameters(shape, columns: columns, owned: each)
+    gradients = try Parameters(shape, columns: columns, owned: each)
     zeroing = Zeroing(gradients.base, gradients.floats, group.team)
+    crossings = .allocate(capacity: shape.experts)
+    for expert in 0..<shape.experts { crossings[expert] = group.crossings(to: expert / each) }
     _ = try workspace()
     // What gate and reduceGradients need of it.
-    try group.peers.reserve(bytes: shape.experts * MemoryLayout<UInt32>.stride, values: shape.experts * shape.model)
+    try group.peers.reserve(
+      bytes: rule.numbersTold(choices: shape.choices) * shape.experts * MemoryLayout<UInt32>.stride,
+      values: columns * shape.model)
     for tensor in values.drawn(shape, owned: owned, seed: options.seed) {
       group.team.run(Drawing(tensor, group.team))
     }
@@ -91,20 +117,34 @@ package final class Layer {
   private var lastUnmeasured: Plan?
 
   /// The group as numbers, if it was calibrated and has links; made once for each calibration.
-  var cluster: Cluster? {
-    get throws(Failure) {
-      guard let calibration = group.calibration, !group.peers.shareMemory, group.size > 1 else { return nil }
-      if let known, known.calibration === calibration { return known.cluster }
-      known = (calibration, try Cluster(Cluster.Document(group.places, calibration)))
-      return known!.cluster
+  var cluster: Cluster? { get throws(Failure) { try known()?.cluster } }
+
+  /// What the links between hosts say may leave one, if they were measured and those within hosts were too.
+  var measuredShare: Double? { get throws(Failure) { try known()?.share } }
+
+  private func known() throws(Failure) -> Known? {
+    guard let calibration = group.calibration, !group.peers.shareMemory, group.size > 1 else { return nil }
+    if latest?.calibration !== calibration {
+      let cluster = try Cluster(Cluster.Document(group.places, calibration))
+      latest = Known(
+        calibration: calibration, cluster: cluster, share: calibration.betweenHosts == nil ? nil : cluster.remoteShare)
     }
+    return latest
   }
+  private var latest: Known?
+  private struct Known {
+    let calibration: Calibration
+    let cluster: Cluster
+    let share: Double?
+  }
+
+  deinit { crossings.deallocate() }
 
   /// Tensors by name, borrowed for the layer's life.
   package struct Tensors {
     package let gate: UnsafeMutablePointer<Float>
     package let inward, outward: UnsafeMutablePointer<Float>
-    package let inwardLinear, inwardBias, outwardBias: UnsafeMutablePointer<Float>?
+    package let inwardLinear, inwardBias, outwardBias, noise: UnsafeMutablePointer<Float>?
   }
 
   package var valueTensors: Tensors { Layer.tensors(values) }
@@ -116,7 +156,7 @@ package final class Layer {
   package func reduceGradients() throws(Failure) {
     try group.agree(.reduce, nil, same: [UInt64(number), 0, 0, 0, 0, 0, 0, 0])
     guard group.size > 1 else { return }
-    let count = shape.experts * shape.model
+    let count = columns * shape.model
     try group.peers.sum(gradients.gate, count: count)
     let share = 1 / Float(group.size)
     for index in 0..<count { gradients.gate[index] *= share }
@@ -146,17 +186,16 @@ package final class Layer {
     }
   }
 
-  /// Has all ranks begin a pass and tell each other their counts, or none.
+  /// Has all ranks begin a pass, choose and tell each other their counts, or none.
   private func together(_ call: Notice.Call, _ n: Int, _ begin: () throws(Failure) -> Pass) throws(Failure) -> Pass {
     var begun: Pass?
     let own = failure { () throws(Failure) in begun = try begin() }
     do throws(Failure) {
       let all = try group.agree(
-        call, own, same: [UInt64(number), UInt64(passes), 0, 0, 0, 0, 0, 0],
+        call, own, same: [UInt64(number), UInt64(passes), isTraining ? 1 : 0, 0, 0, 0, 0, 0],
         words: Notice.Words(number: max(0, n)))
       passes += 1
-      let tokens = (0..<group.size).reduce(0) { $0 + Int(all[$1].words.number) }
-      try begun!.hearCounts(number: passes, tokensOfAll: tokens)
+      try begun!.choose(number: passes) { Int(all[$0].words.number) }
     } catch {
       begun?.end()
       throw error
@@ -198,16 +237,17 @@ package final class Layer {
 
   func workspace(_ slots: Workspace.Slots = .ring) throws(Failure) -> Workspace {
     let threads = group.team.threads
-    let bytes = Workspace(shape, threads: threads, slots).bytes
+    let bytes = Workspace(shape, columns: columns, threads: threads, slots).bytes
     // Rows that come differ from batch to batch: some room saves asking again.
     let room = if case .rows = slots { bytes / 8 } else { 0 }
-    return Workspace(shape, threads: threads, slots, over: try group.workspace(bytes: bytes, room: room))
+    return Workspace(
+      shape, columns: columns, threads: threads, slots, over: try group.workspace(bytes: bytes, room: room))
   }
 
   private static func tensors(_ block: borrowing Parameters) -> Tensors {
     Tensors(
       gate: block.gate, inward: block.inward, outward: block.outward, inwardLinear: block.inwardLinear,
-      inwardBias: block.inwardBias, outwardBias: block.outwardBias)
+      inwardBias: block.inwardBias, outwardBias: block.outwardBias, noise: block.noise)
   }
 }
 

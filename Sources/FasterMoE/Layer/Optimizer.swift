@@ -19,7 +19,7 @@ extension Layer {
   }
 
   /// Moments as before the first step.
-  func fresh() throws(Failure) -> Moments { try Moments(shape, owned.count, values, gradients, group.team) }
+  func fresh() throws(Failure) -> Moments { try Moments(shape, columns, owned.count, values, gradients, group.team) }
 }
 
 /// What AdamW remembers of every parameter, laid out like these, and how many steps it has made.
@@ -30,11 +30,13 @@ final class Moments {
   private let sweep: Sweep
 
   init(
-    _ shape: Shape, _ owned: Int, _ values: borrowing Parameters, _ gradients: borrowing Parameters, _ team: Team
+    _ shape: Shape, _ columns: Int, _ owned: Int, _ values: borrowing Parameters, _ gradients: borrowing Parameters,
+    _ team: Team
   ) throws(Failure) {
-    means = try Parameters(shape, owned: owned)
-    squares = try Parameters(shape, owned: owned)
-    sweep = Sweep(values.base, gradients.base, means.base, squares.base, Sweep.segments(of: values, shape, owned), team)
+    means = try Parameters(shape, columns: columns, owned: owned)
+    squares = try Parameters(shape, columns: columns, owned: owned)
+    let segments = Sweep.segments(of: values, shape, columns, owned)
+    sweep = Sweep(values.base, gradients.base, means.base, squares.base, segments, team)
   }
 
   func step(_ update: Layer.Update, on team: Team) {
@@ -71,10 +73,10 @@ private final class Sweep: TeamWork {
     (self.segments, self.team) = (segments, team)
   }
 
-  static func segments(of block: borrowing Parameters, _ shape: Shape, _ owned: Int) -> [Segment] {
+  static func segments(of block: borrowing Parameters, _ shape: Shape, _ columns: Int, _ owned: Int) -> [Segment] {
     let matrix = owned * shape.model * shape.hidden
     let tensors: [(UnsafeMutablePointer<Float>?, Int, Bool)] = [
-      (block.gate, shape.experts * shape.model, false), (block.inward, matrix, false), (block.outward, matrix, false),
+      (block.gate, columns * shape.model, false), (block.inward, matrix, false), (block.outward, matrix, false),
       (block.inwardLinear, matrix, false), (block.inwardBias, owned * shape.hidden, true),
       (block.outwardBias, owned * shape.model, true),
     ]

@@ -1,7 +1,7 @@
 /// One tensor block: the layer's values or their gradients, each tensor dense and row-major, of the experts that this
 /// worker owns; e = E/W of them.
 struct Parameters: ~Copyable {
-  /// [E, d]
+  /// [E, d]; where the gate is noisy, its widths' [E, d] follow.
   let gate: UnsafeMutablePointer<Float>
   /// [e, h, d] each; the second of the two only for gated experts.
   let inward: UnsafeMutablePointer<Float>
@@ -11,15 +11,18 @@ struct Parameters: ~Copyable {
   /// [e, h] and [e, d]; nil for gated experts.
   let inwardBias: UnsafeMutablePointer<Float>?
   let outwardBias: UnsafeMutablePointer<Float>?
+  /// [E, d], of noisy gates.
+  let noise: UnsafeMutablePointer<Float>?
   let floats: Int
   private let region: Region
 
-  init(_ shape: Shape, owned: Int) throws(Failure) {
+  /// The gate's matrix has so many `columns`: E, or twice that.
+  init(_ shape: Shape, columns: Int, owned: Int) throws(Failure) {
     func lay(_ arena: inout Arena) -> [UnsafeMutablePointer<Float>?] {
       let matrix = owned * shape.model * shape.hidden
       let gated = shape.activation.isGated
       return [
-        arena.take(shape.experts * shape.model), arena.take(matrix),
+        arena.take(columns * shape.model), arena.take(matrix),
         gated ? nil : arena.take(owned * shape.hidden),
         arena.take(matrix), gated ? nil : arena.take(owned * shape.model), gated ? arena.take(matrix) : nil,
       ]
@@ -30,6 +33,7 @@ struct Parameters: ~Copyable {
     var arena = Arena(over: region.base)
     let tensors = lay(&arena)
     gate = tensors[0]!
+    noise = columns > shape.experts ? gate + shape.experts * shape.model : nil
     inward = tensors[1]!
     inwardBias = tensors[2]
     outward = tensors[3]!
@@ -42,6 +46,7 @@ struct Parameters: ~Copyable {
   func tensor(_ part: Contents.Part) -> UnsafeMutablePointer<Float> {
     switch part {
     case .gate: gate
+    case .noise: noise!
     case .inward: inward
     case .inwardBias: inwardBias!
     case .outward: outward
@@ -71,6 +76,7 @@ extension Parameters {
     let tensors = [
       (gate, 0..<shape.experts, d, d), (inward, owned, h * d, d), (inwardBias, owned, h, d),
       (outward, owned, d * h, h), (outwardBias, owned, d, h), (inwardLinear, owned, h * d, d),
+      (noise, 0..<shape.experts, d, d),
     ]
     return tensors.enumerated().compactMap { stream, tensor in
       tensor.0.map {

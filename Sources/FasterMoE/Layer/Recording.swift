@@ -8,7 +8,7 @@ final class Recording {
     // Calls, on the caller's lane.
     case gateCall, routeCall, planCall, forwardCall, backwardCall
     // The caller waits until all ranks have come, also there.
-    case meetCounts, meetForward, meetBackward, meetExperts, meetCopies
+    case meetTokens, meetCounts, meetForward, meetBackward, meetExperts, meetCopies
     // Streams between this rank and another, also there.
     case send, fetch, giveBack, reduce
     // Jobs that the team's threads share.

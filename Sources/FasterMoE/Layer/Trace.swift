@@ -167,6 +167,7 @@ struct Trace: Encodable {
     case .planCall: ("plan", .call)
     case .forwardCall: ("forward", .call)
     case .backwardCall: ("backward", .call)
+    case .meetTokens: ("all ranks meet for gate or route", .communication)
     case .meetCounts: ("all ranks exchange counts", .communication)
     case .meetForward: ("all ranks meet for forward", .communication)
     case .meetBackward: ("all ranks meet for backward", .communication)

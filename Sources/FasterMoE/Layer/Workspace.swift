@@ -17,10 +17,15 @@ struct Workspace {
     let tokens: Panels
     /// Some columns of token rows [gateRows, gateColumns].
     let columns: Panels
-    /// One token's logits, probabilities and gradients, each [E, padded].
+    /// One token's scores as they choose, a copy to mark in, probabilities and gradients, each [columns, padded].
+    let scores: UnsafeMutablePointer<Float>
     let logits: UnsafeMutablePointer<Float>
     let probabilities: UnsafeMutablePointer<Float>
-    let gradLogits: UnsafeMutablePointer<Float>
+    let gradScores: UnsafeMutablePointer<Float>
+    let noise: Noise
+    /// One token's choices and their weights [k].
+    let picks: UnsafeMutablePointer<Int32>
+    let weights: UnsafeMutablePointer<Float>
     /// 16 partial sums for each row of a block.
     let rowSums: UnsafeMutablePointer<Float>
   }
@@ -45,19 +50,22 @@ struct Workspace {
   enum Slots { case ring, rows(Int) }
 
   private let shape: Shape
+  /// Of the gate's matrix: E, or 2·E where it also learns noise.
+  private let columns: Int
   private let base: UnsafeMutableRawPointer?
   private let deskBytes: Int
   private let slotBytes: Int
   private let threads: Int
   let slots: Slots
 
-  init(_ shape: Shape, threads: Int, _ slots: Slots = .ring, over base: UnsafeMutableRawPointer? = nil) {
+  init(_ shape: Shape, columns: Int, threads: Int, _ slots: Slots = .ring, over base: UnsafeMutableRawPointer? = nil) {
     self.shape = shape
+    self.columns = columns
     self.threads = threads
     self.base = base
     self.slots = slots
     var arena = Arena()
-    _ = Workspace.desk(shape, &arena)
+    _ = Workspace.desk(shape, columns, &arena)
     deskBytes = arena.bytes
     arena = Arena()
     switch slots {
@@ -79,7 +87,7 @@ struct Workspace {
 
   func desk(_ thread: Int) -> Desk {
     var arena = Arena(over: base! + thread * deskBytes)
-    return Workspace.desk(shape, &arena)
+    return Workspace.desk(shape, columns, &arena)
   }
 
   /// The slot of block `index`, whose first row is `row`.
@@ -98,16 +106,18 @@ struct Workspace {
     }
   }
 
-  private static func desk(_ shape: Shape, _ arena: inout Arena) -> Desk {
-    let experts = Panels.padded(shape.experts)
-    let strip = max(shape.model, shape.hidden, shape.experts) * Strip.width
+  private static func desk(_ shape: Shape, _ columns: Int, _ arena: inout Arena) -> Desk {
+    let scores = Panels.padded(columns)
+    let strip = max(shape.model, shape.hidden, columns) * Strip.width
     let few = FewRows.scratch(depth: max(shape.model, shape.hidden))
     return Desk(
       tile: arena.take(Tiles.floats), secondTile: arena.take(Tiles.floats), strip: arena.take(strip),
       secondStrip: arena.take(strip), fewRows: arena.take(few), secondFewRows: arena.take(few),
       tokens: Panels(arena.take(gateRows * Panels.padded(shape.model)), width: shape.model),
-      columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), logits: arena.take(experts),
-      probabilities: arena.take(experts), gradLogits: arena.take(experts), rowSums: arena.take(Block.mostRows * 16))
+      columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), scores: arena.take(scores),
+      logits: arena.take(scores), probabilities: arena.take(scores), gradScores: arena.take(scores),
+      noise: Noise(arena: &arena, experts: shape.experts), picks: arena.take(shape.choices),
+      weights: arena.take(shape.choices), rowSums: arena.take(Block.mostRows * 16))
   }
 
   private static func slot(_ shape: Shape, rows: Int, _ arena: inout Arena) -> Slot {

@@ -34,6 +34,9 @@ package final class Group {
   /// Ranks by place, where neighbours are near each other, and each rank's seat there.
   package let leaves: [Int]
   package let seats: [Int]
+  /// The tree of places, from its top: at each level, the part in which each rank is. Levels that divide no part further
+  /// are left out.
+  package let levels: [[Int]]
   /// Ranks by number.
   package let ranks: [Int]
   /// Layers made so far, the same number on all ranks.
@@ -42,10 +45,20 @@ package final class Group {
   package var rank: Int { peers.rank }
   package var size: Int { peers.size }
 
+  /// How many levels of the tree something crosses from this rank to another.
+  package func crossings(to other: Int) -> Int32 {
+    Int32(levels.count { $0[rank] != $0[other] })
+  }
+
   /// `size` ranks that are threads of this process; their shares of the cores are neighbours.
   package static func local(_ size: Int, _ options: Options) throws(Failure) -> [Group] {
     let topology = try Topology(description: options.topology)
-    let places = Places(Array(repeating: Place(topology), count: size))
+    let places = Places(
+      (0..<size).map { rank in
+        var place = Place(topology)
+        place.settle(on: topology.cores[topology.share(of: rank, among: size)])
+        return place
+      })
     var groups: [Group] = []
     for seat in SharedPeers.seats(size, timeout: options.timeout) {
       groups.append(try Group(seat, options, topology, places))
@@ -80,7 +93,14 @@ package final class Group {
     defer { scratch.deallocate() }
     try Notice.agree(
       .createGroup, own, same: [options.profile == nil ? 0 : 1, 0, 0, 0, 0, 0, 0, 0], with: peers, into: scratch)
-    let places = Places(try peers.gathered(Place(topology!)))
+    var here = Place(topology!)
+    var places = Places(try peers.gathered(here))
+    // Ranks that may all use the same cores share them: only now each knows its own.
+    let sharing = places.sharing(of: peers.rank)
+    if sharing.isAlike {
+      here.settle(on: topology!.cores[topology!.share(of: sharing.index, among: sharing.count)])
+    }
+    places = Places(try peers.gathered(here))
     peers.chain = places.leaves
     peers.wire.name = places.name
     var made: Group?
@@ -113,6 +133,7 @@ package final class Group {
     let leaves = places.leaves
     self.leaves = leaves
     seats = leaves.indices.map { leaves.firstIndex(of: $0)! }
+    levels = places.levels
     ranks = Array(0..<peers.size)
     let sharing = places.sharing(of: peers.rank)
     let share = sharing.isAlike ? topology.share(of: sharing.index, among: sharing.count) : 0..<0
@@ -142,7 +163,7 @@ package final class Group {
   package init(alone other: Group) {
     (peers, topology, team) = (SharedPeers.seats(1, timeout: nil)[0], other.topology, other.team)
     places = Places([other.places.all[other.rank]])
-    (leaves, seats, ranks, profile) = ([0], [0], [0], nil)
+    (leaves, seats, levels, ranks, profile) = ([0], [0], [], [0], nil)
     notices = .allocate(capacity: 1)
     lock = .allocate(capacity: 1)
     lock.initialize(to: pthread_mutex_t())

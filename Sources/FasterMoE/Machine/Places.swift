@@ -6,7 +6,7 @@ package struct Place: BitwiseCopyable {
   var host = InlineArray<64, UInt8>(repeating: 0)
   /// Of the running system: equal for all who share its processors, whatever names their containers give the machine.
   var system = InlineArray<40, UInt8>(repeating: 0)
-  /// Of the first core that the rank may use, by the system's own numbers.
+  /// Of the first core that the rank may use, later of its own, by the system's own numbers.
   var package: Int32 = 0
   var numaNode: Int32 = 0
   var cores: Int32 = 0
@@ -35,6 +35,12 @@ package struct Place: BitwiseCopyable {
     for core in topology.cores where core.processor >= 0 && core.processor < 64 * 64 {
       processors[core.processor / 64] |= 1 << UInt64(core.processor % 64)
     }
+  }
+
+  /// Settles on a share of the cores that the rank may use.
+  mutating func settle(on cores: ArraySlice<Topology.Core>) {
+    guard let first = cores.first else { return }
+    (package, numaNode) = (Int32(clamping: first.package), Int32(clamping: first.numaNode))
   }
 
   private mutating func gethostnameBytes() {
@@ -112,6 +118,20 @@ package struct Places {
     let nodes = lowest { isOnPackage($0, $1) && all[$0].numaNode == all[$1].numaNode }
     func key(_ rank: Int) -> (Int, Int, Int, Int) { (host[rank], packages[rank], nodes[rank], rank) }
     return all.indices.sorted { key($0) < key($1) }
+  }
+
+  /// The levels of the tree from its top, hosts, packages, NUMA nodes, that divide the ranks further than those above: for
+  /// each rank the lowest one that is in the same part.
+  package var levels: [[Int]] {
+    var levels: [[Int]] = []
+    for depth in 1...3 {
+      func key(_ rank: Int) -> [Int] {
+        Array([host[rank], Int(all[rank].package), Int(all[rank].numaNode)].prefix(depth))
+      }
+      let parts = all.indices.map { rank in all.indices.first { key($0) == key(rank) }! }
+      if parts != levels.last ?? Array(repeating: 0, count: all.count) { levels.append(parts) }
+    }
+    return levels
   }
 
   /// Which of the ranks that may use the same cores `rank` is, how many there are, and whether they may use all the same
