@@ -1,11 +1,13 @@
 /* predict: what the library predicts beside what it then measures, over MPI; and strategies beside each other.
  *
  *   mpirun -n W predict --link NAME [--csv FILE] [--repeats N] [--calibrate SECONDS] [--cluster FILE.json]
+ *                     [--timeline FILE]
  *
  * The group calibrates itself. Then for several layers and routings, even to one expert with half of all rows, five plans take
  * turns: FastMoE's (coarse, no shadow), no shadow as predicted best, the paper's Algorithm 1, ZeRO stage 3, and what the
  * library chooses. A step is plan + forward + backward of fmoe_route's pass; seconds are the median over repeats of the
- * slowest rank's. CSV: a line for each case, appended; --cluster keeps what was measured. */
+ * slowest rank's. CSV: a line for each case, appended; --cluster keeps what was measured,
+ * --timeline every rank's latest step of ours in the first case, as FILE.RANK.json. */
 #include <fastermoe_mpi.h>
 #include <math.h>
 #include <stdio.h>
@@ -78,7 +80,7 @@ static int by_size(const void *a, const void *b) {
 
 int main(int argc, char **argv) {
   int provided, rank, size, repeats = 5;
-  const char *link = "this network", *path = NULL, *cluster_file = NULL;
+  const char *link = "this network", *path = NULL, *cluster_file = NULL, *timeline = NULL;
   double calibrate = 3;
   MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
@@ -86,6 +88,7 @@ int main(int argc, char **argv) {
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!strcmp(argv[i], "--link")) link = argv[i + 1];
     else if (!strcmp(argv[i], "--csv")) path = argv[i + 1];
+    else if (!strcmp(argv[i], "--timeline")) timeline = argv[i + 1];
     else if (!strcmp(argv[i], "--cluster")) cluster_file = argv[i + 1];
     else if (!strcmp(argv[i], "--repeats")) repeats = atoi(argv[i + 1]);
     else if (!strcmp(argv[i], "--calibrate")) calibrate = atof(argv[i + 1]);
@@ -141,6 +144,11 @@ int main(int argc, char **argv) {
           CHECK(fmoe_forward(pass, y));
           CHECK(fmoe_backward(pass, x, dx, NULL));
           mine = MPI_Wtime() - begin;
+          if (timeline && at == 0 && routing == EVEN && plan == OURS) {
+            char file[4096];
+            snprintf(file, sizeof file, "%s.%d.json", timeline, rank);
+            CHECK(fmoe_pass_write_timeline(pass, file));
+          }
           fmoe_pass_destroy(pass);
           MPI_Allreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
           if (r >= 0) times[plan][r] = slowest;

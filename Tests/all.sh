@@ -42,7 +42,14 @@ examples() {
   make -B -C examples/c CC="$cc" BUILD="$out" all && make -B -C examples/cpp CXX="$cxx" BUILD="$out" all &&
     "$out/01_one_layer" && "$out/02_own_gate" && "$out/03_threads_as_ranks" && "$out/03_threads_as_ranks" 4 &&
     "$out/05_plan_only" examples/c/05_cluster.json && "$out/05_plan_only" Benchmarks/paper/trevor.json && "$out/train_regression" && "$out/test_gpt" &&
-    "$out/train_gpt" --steps 30 --eval-every 15 --sample 40 --save-log "$out/log.csv" && [ "$(wc -l <"$out/log.csv")" -ge 30 ]
+    "$out/train_gpt" --steps 30 --eval-every 15 --sample 40 --save-log "$out/log.csv" && [ "$(wc -l <"$out/log.csv")" -ge 30 ] &&
+    "$out/train_gpt" --workers 2 --steps 4 --sample 0 --plan-log "$out/plans.csv" && plans "$out/plans.csv" 4
+}
+
+# plans FILE STEPS: a row for each of 3 layers of each step, with seconds that were predicted and measured.
+plans() {
+  awk -F, -v steps="$2" 'FNR > 1 { rows++; if (!($5 > 0 && $6 > 0)) exit 1 }
+    END { printf "plans of %d layers\n", rows; exit !(rows == 3 * steps) }' "$1"
 }
 
 # One training by 1, 2 and 4 workers, here threads: the curves agree. Only sums of gradients are made in another order, some

@@ -50,11 +50,12 @@ ends() { # COMMAND...
   ! "$@" && [ $((SECONDS - start)) -lt 30 ]
 }
 
-# Processes as workers train like threads as workers.
+# Processes as workers train like threads as workers, also where every pass is planned by prediction.
 same_curve() {
   local flags="--steps 12 --eval-every 0 --sample 0"
   "$out/train_gpt" --workers 2 $flags --save-log "$out/threads.csv" &&
-    run "$1" 2 "$out/train_gpt_mpi" $flags --save-log "$out/processes.csv" &&
+    run "$1" 2 "$out/train_gpt_mpi" $flags --save-log "$out/processes.csv" --plan-log "$out/plans.csv" &&
+    awk -F, 'FNR > 1 { rows++; if (!($4 > 0 && $5 > 0 && $6 > 0)) exit 1 } END { exit !(rows == 36) }' "$out/plans.csv" &&
     awk -F, 'NR == FNR { loss[$1] = $4; next }
       FNR > 1 { d = $4 - loss[$1]; if (d < 0) d = -d; if (d > most) most = d; rows++ }
       END { printf "losses of %d steps differ by %g at most\n", rows, most; exit !(rows == 12 && most <= 1e-4) }' \
