@@ -101,6 +101,9 @@ package struct Planner {
   /// beside what it plans.
   private static let mostSets = 8
   private static let mostPairs = 1 << 20
+  /// Most steps, each of all workers, that are played before what was found so far is good enough: twice rounds and shadows
+  /// in every order.
+  private static let mostPlayed = 1 << 19
   /// A plan that takes this many times what no other can beat is good enough.
   private static let enough = 1.005
 
@@ -124,6 +127,7 @@ package struct Planner {
   private mutating func best(_ sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
     var chosen = known
     let sizes = groupSizes(request)
+    var played = 0
     for volumes in sets {
       // Nothing that follows can take less than this.
       func isEnough() -> Bool { chosen.map { $0.seconds < volumes.least * Planner.enough } ?? false }
@@ -133,8 +137,9 @@ package struct Planner {
         let other = coarse(volumes, moving)
         if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
       }
-      for size in sizes where !isEnough() {
+      for size in sizes where !isEnough() && (chosen == nil || played < Planner.mostPlayed) {
         let groups = Groups(workers: cluster.workers, size: size)
+        played += (groups.count + volumes.shadows.count) * cluster.workers
         let other = pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
         if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
       }

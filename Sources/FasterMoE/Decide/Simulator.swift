@@ -379,19 +379,26 @@ package struct Timeline {
     private mutating func collect(_ index: Int, _ seconds: Double, notInto first: Int) {
       let last = first == 0 ? computing.count - 1 : first - 1
       reach(index)
+      let (after, count) = (steps[index].after, computing.count)
+      let cause = after < 0 ? -1 : rows[after] * count
       var start = 0.0
-      for seat in computing.indices {
-        if seat != last { start = max(start, sending[seat], done(index, seat)) }
+      for seat in 0..<count {
+        if seat != last { start = max(start, sending[seat], cause < 0 ? 0 : ends[cause + seat]) }
         if seat != first { start = max(start, receiving[seat]) }
       }
-      for seat in computing.indices {
-        if seat != last { sending[seat] = start + seconds }
-        if seat != first { receiving[seat] = start + seconds }
-        let move = (start: start, end: start + seconds)
-        keep(index, seat, seat == last ? Player.never : move, seat == first ? Player.never : move)
+      let end = start + seconds
+      let (keepsAll, place) = (!sent.isEmpty, rows[index] * count)
+      for seat in 0..<count {
+        if seat != last { sending[seat] = end }
+        if seat != first { receiving[seat] = end }
+        if keepsAll {
+          sent[index * count + seat] = seat == last ? 0..<0 : start..<end
+          received[index * count + seat] = seat == first ? 0..<0 : start..<end
+        }
+        guard place >= 0 else { continue }
         let isHere = overlaps && seat == first
-        finish(
-          index, seat, isHere ? 0 : start, isHere ? 0 : max(sending[seat], receiving[seat]))
+        starts[place + seat] = isHere ? 0 : start
+        ends[place + seat] = isHere ? 0 : max(sending[seat], receiving[seat])
       }
       talks.append(index)
     }
