@@ -114,7 +114,7 @@ package struct PlanReport {
       report.ideal = max(report.ideal, rowsTake * 2 + weightsTake)
     }
     // All meet in between.
-    report.planned = forward + backward
+    report.planned = max(forward + backward, report.ideal)  // but for rounding
     report.plain = report.planned
     report.semiIdeal = report.ideal
     if work.value > 0 { report.flopRatePerWorker = Flops(work.value / Double(traffic.workers)) / report.planned }
