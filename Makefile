@@ -99,6 +99,9 @@ bench: packages-bench stage
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/workers.c -o $(OUT)/workers \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm -pthread
 	$(OUT)/workers --json $(OUT)/workers.json
+	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/gates.c -o $(OUT)/gates \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib
+	$(OUT)/gates
 
 # AdamW beside loops that move the same bytes.
 bench-adamw: packages-build stage

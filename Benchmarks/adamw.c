@@ -8,22 +8,15 @@
  * than any cache; the best of several rounds counts, and the ratio is of the medians. */
 #include <fastermoe.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
+
+#include "measure.h"
 
 enum { ROUNDS = 15, MOST = 256 };
 static long count; /* floats of each array */
 static float *array[4];
 static int threads = 2;
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void move(long from, long to) {
   float *restrict p = array[0], *restrict m = array[1], *restrict v = array[2];
@@ -69,7 +62,6 @@ static double time_of(void (*what)(long, long)) {
   return now() - start;
 }
 
-#define TRY(call) do { if ((call) != FMOE_OK) return fprintf(stderr, "%s\n", fmoe_last_error()), 1; } while (0)
 
 static int ascending(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
@@ -84,10 +76,10 @@ int main(int argc, char **argv) {
   fmoe_adamw_options how = {.struct_size = sizeof how, .learning_rate = 1e-3, .weight_decay = 0.1};
   fmoe_group *group;
   fmoe_layer *layer;
-  TRY(fmoe_group_create_local(1, &of_group, &group));
-  TRY(fmoe_layer_create(group, &of_layer, &layer));
+  CHECK(fmoe_group_create_local(1, &of_group, &group));
+  CHECK(fmoe_layer_create(group, &of_layer, &layer));
   fmoe_tensors g = {.struct_size = sizeof g};
-  TRY(fmoe_layer_gradients(layer, &g));
+  CHECK(fmoe_layer_gradients(layer, &g));
   count = 16 * (2L * 1024 * 2048 + 1024 + 2048) + 16 * 1024;
   for (long i = 0; i < 16L * 1024 * 2048; i++) g.w1[i] = g.w2[i] = (float)(i % 1000) / 1000 - 0.5f;
   for (int a = 0; a < 4; a++) { /* on huge pages, as the library's */
@@ -109,7 +101,7 @@ int main(int argc, char **argv) {
       double start = now(), taken;
       how.zero_gradients = kind == ZEROING;
       if (kind == ADAMW || kind == ZEROING) {
-        TRY(fmoe_layer_adamw(layer, &how));
+        CHECK(fmoe_layer_adamw(layer, &how));
         taken = now() - start;
       } else {
         taken = time_of(kind == MOVE ? move : kind == TRIAD ? triad : move_and_zero);
@@ -119,9 +111,9 @@ int main(int argc, char **argv) {
   printf("%.1f million parameters, %d threads\n", (double)count / 1e6, threads);
   for (int kind = 0; kind < KINDS; kind++) {
     qsort(seconds[kind], ROUNDS, sizeof(double), ascending);
-    double median = seconds[kind][ROUNDS / 2];
-    printf("%-34s %6.1f ms  %6.1f GB/s", names[kind], median * 1e3, bytes[kind] * (double)count / median / 1e9);
-    if (kind == MOVE || kind == MOVE_AND_ZERO) printf("  share %.2f", median / seconds[kind - 1][ROUNDS / 2]);
+    double middle = seconds[kind][ROUNDS / 2];
+    printf("%-34s %6.1f ms  %6.1f GB/s", names[kind], middle * 1e3, bytes[kind] * (double)count / middle / 1e9);
+    if (kind == MOVE || kind == MOVE_AND_ZERO) printf("  share %.2f", middle / seconds[kind - 1][ROUNDS / 2]);
     printf("\n");
   }
   work = NULL;

@@ -21,16 +21,9 @@
 #include <time.h>
 #include <unistd.h>
 
-void openblas_set_num_threads(int threads);
+#include "measure.h"
 
-#define CHECK(call)                                                                                     \
-  do {                                                                                                  \
-    fmoe_status status_ = (call);                                                                       \
-    if (status_ != FMOE_OK) {                                                                           \
-      fprintf(stderr, "%s: %s: %s\n", #call, fmoe_status_name(status_), fmoe_last_error());             \
-      exit(1);                                                                                          \
-    }                                                                                                   \
-  } while (0)
+void openblas_set_num_threads(int threads);
 
 typedef struct shape {
   char name;
@@ -41,12 +34,6 @@ static const shape shapes[] = {
   {'A', 2048, 512, 2048, 8, 2}, {'B', 4096, 1024, 2048, 16, 2}, {'C', 512, 1024, 4096, 64, 2},
   {'D', 8, 1024, 4096, 8, 2},   {'E', 8192, 256, 512, 32, 1},
 };
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static float *floats(int64_t count) {
   size_t bytes = ((size_t)count * sizeof(float) + (2u << 20) - 1) & ~(size_t)((2u << 20) - 1);

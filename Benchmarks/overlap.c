@@ -8,18 +8,9 @@
  * rows but next to no computing. Medians over repeats of the slowest rank. The ideal is the larger of computing alone and
  * communicating alone. */
 #include <fastermoe_mpi.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    fmoe_status status_ = (call);                                                           \
-    if (status_ != FMOE_OK) {                                                               \
-      fprintf(stderr, "%s: %s: %s\n", #call, fmoe_status_name(status_), fmoe_last_error()); \
-      MPI_Abort(MPI_COMM_WORLD, 1);                                                         \
-    }                                                                                       \
-  } while (0)
+#include "measure.h"
 
 enum { COARSE, OVERLAPPED, SHADOWED, ZERO, COMPUTING, COMMUNICATING, KINDS };
 static const char *names[KINDS] = {"coarse", "overlapped", "expert 0 shadowed", "ZeRO-3", "computing alone", "communicating alone"};
@@ -38,10 +29,6 @@ static fmoe_layer *layer(fmoe_group *group, int64_t d, int64_t h, int64_t E, int
   fmoe_layer *made;
   CHECK(fmoe_layer_create(group, &options, &made));
   return made;
-}
-
-static int by_size(const void *a, const void *b) {
-  return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
 int main(int argc, char **argv) {
@@ -102,23 +89,20 @@ int main(int argc, char **argv) {
       MPI_Allreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
       if (r >= 0) times[kind][r] = slowest;
     }
-  double median[KINDS];
-  for (int kind = 0; kind < KINDS; kind++) {
-    qsort(times[kind], (size_t)repeats, sizeof(double), by_size);
-    median[kind] = times[kind][repeats / 2];
-  }
-  double ideal = median[COMPUTING] > median[COMMUNICATING] ? median[COMPUTING] : median[COMMUNICATING];
+  double medians[KINDS];
+  for (int kind = 0; kind < KINDS; kind++) medians[kind] = median(times[kind], repeats);
+  double ideal = medians[COMPUTING] > medians[COMMUNICATING] ? medians[COMPUTING] : medians[COMMUNICATING];
   if (rank == 0) {
     printf("%d ranks, n %ld, d %ld, h %ld, E %ld, k %ld; ms:", size, n, d, h, E, k);
-    for (int kind = 0; kind < KINDS; kind++) printf(" %s %.1f%s", names[kind], median[kind] * 1e3, kind + 1 < KINDS ? "," : "\n");
+    for (int kind = 0; kind < KINDS; kind++) printf(" %s %.1f%s", names[kind], medians[kind] * 1e3, kind + 1 < KINDS ? "," : "\n");
     printf("R_CC %.2f; overlapped over ideal %.3f; coarse over overlapped %.3f, overlapped over shadowed %.3f\n",
-           median[COMPUTING] / median[COMMUNICATING], median[OVERLAPPED] / ideal, median[COARSE] / median[OVERLAPPED],
-           median[OVERLAPPED] / median[SHADOWED]);
+           medians[COMPUTING] / medians[COMMUNICATING], medians[OVERLAPPED] / ideal, medians[COARSE] / medians[OVERLAPPED],
+           medians[OVERLAPPED] / medians[SHADOWED]);
     FILE *out = json ? fopen(json, "w") : NULL;
     if (out) {
       fprintf(out, "{\"ranks\": %d, \"n\": %ld, \"d\": %ld, \"h\": %ld, \"E\": %ld, \"k\": %ld, \"hot\": %g, \"coarse\": %.6g, \"overlapped\": %.6g, \"shadowed\": %.6g, \"zero\": %.6g, \"computing\": %.6g, \"communicating\": %.6g}\n",
-              size, n, d, h, E, k, hot, median[COARSE], median[OVERLAPPED], median[SHADOWED], median[ZERO], median[COMPUTING],
-              median[COMMUNICATING]);
+              size, n, d, h, E, k, hot, medians[COARSE], medians[OVERLAPPED], medians[SHADOWED], medians[ZERO], medians[COMPUTING],
+              medians[COMMUNICATING]);
       fclose(out);
     }
   }

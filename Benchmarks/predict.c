@@ -10,18 +10,9 @@
  * --timeline every rank's latest step of ours in the first case, as FILE.RANK.json. */
 #include <fastermoe_mpi.h>
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    fmoe_status status_ = (call);                                                           \
-    if (status_ != FMOE_OK) {                                                               \
-      fprintf(stderr, "%s: %s: %s\n", #call, fmoe_status_name(status_), fmoe_last_error()); \
-      MPI_Abort(MPI_COMM_WORLD, 1);                                                         \
-    }                                                                                       \
-  } while (0)
+#include "measure.h"
 
 typedef struct shape { int64_t n, d, h, E; int32_t k; } shape;
 static const shape shapes[] = {{2048, 512, 640, 8, 2}, {1024, 512, 2048, 8, 2}, {2048, 256, 512, 16, 1}, {512, 1024, 512, 4, 2}};
@@ -72,10 +63,6 @@ static void route(int32_t *choices, const shape *s, int routing, uint64_t seed) 
       }
       choices[t * s->k + j] = chosen;
     }
-}
-
-static int by_size(const void *a, const void *b) {
-  return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
 int main(int argc, char **argv) {
@@ -159,8 +146,7 @@ int main(int argc, char **argv) {
         printf("%-24s %-9s", name, routings[routing]);
       }
       for (int plan = 0; plan < PLANS; plan++) {
-        qsort(times[plan], (size_t)repeats, sizeof(double), by_size);
-        medians[plan] = times[plan][repeats / 2];
+        medians[plan] = median(times[plan], repeats);
         if (rank) continue;
         printf(" %7.1f /%7.1f %d/%d", report[plan].seconds_planned * 1e3, medians[plan] * 1e3, report[plan].shadows, report[plan].group_size);
         if (csv)

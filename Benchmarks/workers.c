@@ -8,20 +8,10 @@
 #define _GNU_SOURCE
 #include <fastermoe.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    fmoe_status status_ = (call);                                                           \
-    if (status_ != FMOE_OK) {                                                               \
-      fprintf(stderr, "%s: %s: %s\n", #call, fmoe_status_name(status_), fmoe_last_error()); \
-      exit(1);                                                                              \
-    }                                                                                       \
-  } while (0)
+#include "measure.h"
 
 typedef struct shape {
   char name;
@@ -29,12 +19,6 @@ typedef struct shape {
   int k;
 } shape;
 static const shape shapes[] = {{'A', 2048, 512, 2048, 8, 2}, {'B', 4096, 1024, 2048, 16, 2}, {'E', 8192, 256, 512, 32, 1}};
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 typedef struct rank {
   pthread_t thread;
@@ -109,10 +93,6 @@ static double imbalance(const rank *ranks, int count) {
     if (rows > most) most = rows;
   }
   return (double)most * count / (double)sum;
-}
-
-static int by_size(const void *a, const void *b) {
-  return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
 int main(int argc, char **argv) {

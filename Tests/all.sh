@@ -30,7 +30,7 @@ swift_tests() {
 }
 
 thread_sanitizer() {
-  FASTERMOE_CPU=$1 swift test --sanitize=thread --disable-xctest --filter "LayerTests|PeerTests|TimelineTests" --scratch-path .build/test-thread
+  FASTERMOE_CPU=$1 swift test --sanitize=thread --disable-xctest --filter "LayerTests|PeerTests|PlayTests|TimelineTests" --scratch-path .build/test-thread
 }
 
 c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" "$1"; }

@@ -50,7 +50,7 @@ package struct Arena {
   /// Without a base it only counts.
   package init(over base: UnsafeMutableRawPointer? = nil) { self.base = base }
 
-  /// Room for `count` elements on a cache line of their own; a placeholder while only counting.
+  /// Room for `count` elements on a cache line of their own; not to be touched while only counting.
   package mutating func take<T: ~Copyable>(_ count: Int) -> UnsafeMutablePointer<T> {
     let start = bytes
     bytes += (count * MemoryLayout<T>.stride + cacheLine - 1) & ~(cacheLine - 1)

@@ -18,21 +18,21 @@ package final class Pass: TeamWork {
   var tokens: UnsafePointer<Float>?
   package private(set) var count = 0
   /// Whether the layer's gate chose, so that backward goes on into the gate.
-  private(set) var isGated = false
-  private var isTraining = true
-  private var random = RandomStream(seed: 0, stream: 0)
+  var isGated = false
+  private(set) var isTraining = true
+  var random = RandomStream(seed: 0, stream: 0)
   /// This worker's first token among those of all.
-  private var firstToken = 0
+  var firstToken = 0
   /// What may leave a place by the links that were measured, for gates that heed them.
-  private var measuredShare: Double?
+  private(set) var measuredShare: Double?
   /// Choices that the gate's rule moved to other experts.
-  package private(set) var moved = 0
+  package var moved = 0
   /// Slots without an expert.
   package var dropped: Int {
     count * shape.choices - (0..<shape.experts).reduce(0) { $0 + Int(store.routing.counts[$1]) }
   }
-  package private(set) var balanceLoss = 0.0
-  package private(set) var zLoss = 0.0
+  package var balanceLoss = 0.0
+  package var zLoss = 0.0
 
   var store: Store!
   var inbox: Inbox!
@@ -74,52 +74,6 @@ package final class Pass: TeamWork {
   var shadows: [Int] { plan?.shadows ?? [] }
   /// Where others left their gradients of copies.
   var copyGrads: [UnsafeMutablePointer<Float>] = []
-
-  /// What belongs to this worker's tokens, R = n·k slots.
-  struct Store {
-    var routing: Routing
-    /// [n, E] in panels: logits, then their gradients.
-    let logits: Panels
-    /// [W, E]
-    let traffic: Traffic
-    let moves: Moves
-    /// [R, d] row-major: expert outputs, then gradients of expert inputs.
-    let rows: UnsafeMutablePointer<Float>
-    /// [n, k]
-    let gradWeights: UnsafeMutablePointer<Float>
-    /// Sums over tokens of each gate task: probabilities, or importance and load, [tasks, 2, E padded], and squared
-    /// log-sums [tasks]; over all tasks [2, E].
-    let taskSums: UnsafeMutablePointer<Float>
-    let squareSums: UnsafeMutablePointer<Double>
-    let expertSums: UnsafeMutablePointer<Double>
-    /// [2, E padded] the loss' slopes in importance and load.
-    let slopes: UnsafeMutablePointer<Float>
-    /// [E padded] each expert's share of all choices.
-    let shares: UnsafeMutablePointer<Float>
-    /// [W, numbers, E] what all tell each other.
-    let told: UnsafeMutablePointer<UInt32>
-    let scratch: UnsafeMutablePointer<UInt64>
-
-    init(_ layer: Layer, tokens n: Int, _ arena: inout Arena) {
-      let (shape, losses, rule, workers) = (layer.shape, layer.losses, layer.rule, layer.group.size)
-      let slots = n * shape.choices
-      let experts = Panels.padded(shape.experts)
-      let tasks = losses.needProbabilities || layer.variation != 0 ? Pass.gateTasks(n) : 0
-      routing = Routing(arena: &arena, slots: slots, experts: shape.experts)
-      logits = Panels(arena.take(n * Panels.padded(layer.columns)), width: layer.columns)
-      traffic = Traffic(arena: &arena, workers: workers, experts: shape.experts)
-      moves = Moves(arena: &arena, traffic)
-      rows = arena.take(slots * shape.model)
-      gradWeights = arena.take(slots)
-      taskSums = arena.take(tasks * 2 * experts)
-      squareSums = arena.take(tasks)
-      expertSums = arena.take(2 * shape.experts)
-      slopes = arena.take(layer.variation != 0 ? 2 * experts : 0)
-      shares = arena.take(experts)
-      told = arena.take(workers * rule.numbersTold(choices: shape.choices) * shape.experts)
-      scratch = arena.take(rule.scratch(tokens: n, choices: shape.choices, experts: shape.experts))
-    }
-  }
 
   init(team: Team, workers: Int) {
     self.team = team
@@ -172,83 +126,6 @@ package final class Pass: TeamWork {
     plan = nil
     store.moves.shadow([])
     wasReady = .now
-  }
-
-  /// The layer's gate is to choose.
-  func gate() { isGated = true }
-
-  /// The caller has chosen.
-  func route(_ choices: UnsafePointer<Int32>?, _ weights: UnsafePointer<Float>?) {
-    defer { wasReady = .now }
-    let slots = count * layer!.shape.choices
-    if let choices, let weights {
-      store.routing.choices.update(from: choices, count: slots)
-      store.routing.weights.update(from: weights, count: slots)
-    }
-  }
-
-  /// Lets the gate choose, tells all workers what this one has for each expert and hears it from them. It knows then how
-  /// much its experts will have to do and how busy all experts are. `tokens` are those of each rank.
-  func choose(number: Int, tokens: (Int) -> Int) throws(Failure) {
-    let (layer, shape, group) = (layer!, shape, group)
-    recordMeeting(.meetTokens)
-    self.number = number
-    let rule: any Gate = isGated ? layer.rule : TopKGate()
-    let desk = workspace.desk(0)
-    random = RandomStream(seed: layer.seed, stream: Pass.firstStream + UInt64(number))
-    firstToken = (0..<group.rank).reduce(0) { $0 + tokens($1) }
-    let batch = GateBatch(
-      tokens: count, choices: shape.choices, experts: shape.experts, rank: group.rank, workers: group.size,
-      firstToken: firstToken,
-      tokensOfAll: (0..<group.size).reduce(0) { $0 + tokens($1) }, isTraining: isTraining,
-      random: random, scores: store.logits,
-      picks: store.routing.choices, weights: store.routing.weights, crossings: layer.crossings,
-      levels: group.levels.count, measuredShare: measuredShare, told: store.told,
-      numbers: rule.numbersTold(choices: shape.choices), scratch: store.scratch, logits: desk.logits,
-      probabilities: desk.probabilities)
-    if isGated { run(.gate, count) }
-    moved = rule.settle(batch)
-    let varies = isGated && isTraining && layer.variation != 0
-    if isGated && (varies || layer.losses.needProbabilities) { sumTasks() }
-    if varies { VariationLoss.tell(store.expertSums, experts: shape.experts, batch.told(by: batch.rank)) }
-    wasReady = .now
-    try group.peers.gather(
-      batch.told(by: group.rank), bytes: batch.numbers * shape.experts * MemoryLayout<UInt32>.stride, into: batch.told,
-      from: .call)
-    recordMeeting(.meetCounts)
-    store.shares.update(repeating: 0, count: Panels.padded(shape.experts))
-    rule.hear(batch, counts: store.traffic.counts, shares: store.shares)
-    store.routing.count(slots: count * shape.choices, experts: shape.experts)
-    for worker in 0..<group.size where store.traffic.rows(at: worker) > Int(Int32.max) {
-      throw Failure(
-        .argument, "\(store.traffic.rows(at: worker)) rows for the experts of rank \(worker) do not fit 31 bits")
-    }
-    if varies {
-      balanceLoss = VariationLoss.hear(batch, times: layer.variation, slopes: store.slopes)
-    } else if isGated && count > 0 {
-      balanceLoss = layer.losses.balanceLoss(
-        shares: store.shares, sums: store.expertSums, experts: shape.experts, tokens: count)
-    }
-    recording.caller.add(isGated ? .gateCall : .routeCall, from: began)
-  }
-
-  /// Streams before are those of the parameters.
-  private static let firstStream: UInt64 = 1 << 32
-
-  /// Adds up what the gate's tasks have left of their tokens, in the order of tasks.
-  private func sumTasks() {
-    let (experts, padded) = (shape.experts, Panels.padded(shape.experts))
-    store.expertSums.update(repeating: 0, count: 2 * experts)
-    var squares = 0.0
-    for task in 0..<Pass.gateTasks(count) {
-      for kind in 0..<2 {
-        for expert in 0..<experts {
-          store.expertSums[kind * experts + expert] += Double(store.taskSums[(task * 2 + kind) * padded + expert])
-        }
-      }
-      squares += store.squareSums[task]
-    }
-    if count > 0 { zLoss = layer!.losses.z * squares / Double(count) }
   }
 
   /// Who goes where; valid until the pass ends.
@@ -447,7 +324,7 @@ struct PassContext {
   let thread: Int
   let team: Team
   let layer: Layer
-  let store: Pass.Store
+  let store: Store
   /// There from forward on.
   let inbox: Inbox!
   let journey: Journey

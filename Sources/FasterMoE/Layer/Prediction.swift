@@ -27,8 +27,7 @@ extension Group {
     let (calibrator, probe) = tools!
     let isLinked = !peers.shareMemory && size > 1
     let links = try calibrator.links(for: budget * 0.4)
-    // All at once, since each is slower while the others work.
-    let rates = try peers.gathered(try probe.measure(for: isLinked ? budget * 0.4 : budget))
+    let rates = try rates(of: probe, for: isLinked ? budget * 0.4 : budget, in: .calibrate)
     func calibration(_ slowdown: Double) -> Calibration {
       Calibration(rates: rates, withinHosts: links.within, betweenHosts: links.between, messageSlowdown: slowdown)
     }
@@ -69,12 +68,56 @@ extension Group {
   /// work. All ranks call it together, in `call`.
   func rates(in call: Notice.Call) throws(Failure) -> [WorkerRates] {
     if let rates { return rates }
-    var mine: ComputeRates?
-    let own = failure { () throws(Failure) in mine = try TrainingProbe(self).measure(for: Seconds(0), least: 3) }
+    var probe: TrainingProbe?
+    let own = failure { () throws(Failure) in probe = try TrainingProbe(self) }
     try agree(call, own, from: .call)
-    let all = try peers.gathered(mine!).map { WorkerRates($0) }
+    let all = try rates(of: probe!, for: Seconds(0), least: 3, in: call).map { WorkerRates($0) }
     rates = all
     return all
+  }
+
+  /// [W] what each rank measures with its probe while all others do the same; fails on all or on none.
+  private func rates(
+    of probe: TrainingProbe, for budget: Seconds, least: Int = 1, in call: Notice.Call
+  ) throws(Failure) -> [ComputeRates] {
+    var mine: ComputeRates?
+    let own = failure { () throws(Failure) in mine = try probe.measure(for: budget, least: least) }
+    try agree(call, own, from: .call)
+    return try peers.gathered(mine!)
+  }
+}
+
+/// Tokens of one choice each, with room for what becomes of them: whole passes of a layer by `route`.
+private struct ProbeBatch: ~Copyable {
+  private let memory: Region
+  private let tokens, output, gradTokens, weights: UnsafeMutablePointer<Float>
+  private let choices: UnsafeMutablePointer<Int32>
+
+  /// For `rows` tokens, and no more than `floats` numbers of them.
+  init(rows: Int, floats: Int) throws(Failure) {
+    memory = try Region(
+      bytes: (3 * floats + 2 * rows) * MemoryLayout<Float>.stride + 5 * 64, for: "measuring the speed of training")
+    var arena = Arena(over: memory.base)
+    (tokens, output, gradTokens) = (arena.take(floats), arena.take(floats), arena.take(floats))
+    (choices, weights) = (arena.take(rows), arena.take(rows))
+    for at in 0..<floats { tokens[at] = Float(at % 1009) / 1009 - 0.5 }
+    weights.update(repeating: 1, count: rows)
+  }
+
+  /// Takes `count` tokens through the layer, shared out evenly to its first `experts`. `plan` makes the plan; returns what
+  /// forward and backward took.
+  func pass(
+    _ layer: Layer, experts: Int, count: Int, _ plan: (Pass) throws(Failure) -> Void = { _ in }
+  ) throws(Failure) -> (forward: Seconds, backward: Seconds) {
+    for token in 0..<count { choices[token] = Int32(token % experts) }
+    let pass = try layer.route(tokens: tokens, count: count, choices: choices, weights: weights)
+    defer { pass.end() }
+    try plan(pass)
+    let start = Seconds.now
+    try pass.forward(output)
+    let between = Seconds.now
+    try pass.backward(tokens, gradTokens: gradTokens, gradWeights: nil)
+    return (Seconds(between.value - start.value), Seconds(Seconds.now.value - between.value))
   }
 }
 
@@ -84,11 +127,7 @@ extension Group {
 private final class TrainingProbe {
   private let narrow: Layer
   private let wide: Layer
-  private let memory: Region
-  private let (tokens, output, gradTokens):
-    (UnsafeMutablePointer<Float>, UnsafeMutablePointer<Float>, UnsafeMutablePointer<Float>)
-  private let choices: UnsafeMutablePointer<Int32>
-  private let weights: UnsafeMutablePointer<Float>
+  private let batch: ProbeBatch
 
   /// Values of an expert's matrix are 2^17; there are as many experts as outgrow the second cache.
   private static let (narrowModel, wideModel, matrix, experts) = (256, 1024, 1 << 17, 16)
@@ -106,20 +145,14 @@ private final class TrainingProbe {
     narrow = try layer(TrainingProbe.narrowModel, TrainingProbe.experts)
     wide = try layer(TrainingProbe.wideModel, TrainingProbe.few)
     let rows = TrainingProbe.few * ComputeRates.sampledRows.last!
-    let floats = max(
-      rows * TrainingProbe.narrowModel, TrainingProbe.few * TrainingProbe.handledRows * TrainingProbe.wideModel)
-    memory = try Region(
-      bytes: (3 * floats + 2 * rows) * MemoryLayout<Float>.stride, for: "measuring the speed of training")
-    var arena = Arena(over: memory.base)
-    (tokens, output, gradTokens) = (arena.take(floats), arena.take(floats), arena.take(floats))
-    (choices, weights) = (arena.take(rows), arena.take(rows))
-    for at in 0..<floats { tokens[at] = Float(at % 1009) / 1009 - 0.5 }
-    weights.update(repeating: 1, count: rows)
+    let wideRows = TrainingProbe.few * TrainingProbe.handledRows
+    batch = try ProbeBatch(
+      rows: rows, floats: max(rows * TrainingProbe.narrowModel, wideRows * TrainingProbe.wideModel))
     // A worker that meets the layers' memory for the first time would be slow.
-    for layer in [narrow, wide] {
-      _ = try pass(layer, experts: layer.shape.experts, rows: 1)
+    for (layer, experts, most) in [(narrow, TrainingProbe.experts, rows), (wide, TrainingProbe.few, wideRows)] {
+      _ = try batch.pass(layer, experts: experts, count: experts)
+      _ = try batch.pass(layer, experts: TrainingProbe.few, count: most)
     }
-    _ = try pass(narrow, experts: TrainingProbe.few, rows: ComputeRates.sampledRows.last!)
   }
 
   /// Repeats all samples for about `budget`, but `least` times at least; one repeat takes about 0.1 s of one core.
@@ -166,17 +199,8 @@ private final class TrainingProbe {
   }
 
   private func pass(_ layer: Layer, experts: Int, rows: Int) throws(Failure) -> Lap {
-    let count = experts * rows
-    for token in 0..<count { choices[token] = Int32(token % experts) }
-    let pass = try layer.route(tokens: tokens, count: count, choices: choices, weights: weights)
-    defer { pass.end() }
-    let start = Seconds.now
-    try pass.forward(output)
-    let between = Seconds.now
-    try pass.backward(tokens, gradTokens: gradTokens, gradWeights: nil)
-    return Lap(
-      experts: experts, forward: Seconds(between.value - start.value),
-      backward: Seconds(Seconds.now.value - between.value))
+    let (forward, backward) = try batch.pass(layer, experts: experts, count: experts * rows)
+    return Lap(experts: experts, forward: forward, backward: backward)
   }
 }
 
@@ -184,87 +208,67 @@ private final class TrainingProbe {
 private final class OverlapProbe {
   static let mostSlowdown = 4.0
   private let layer: Layer
-  private let memory: Region
-  private let tokens, output, gradTokens: UnsafeMutablePointer<Float>
-  private let choices: UnsafeMutablePointer<Int32>
-  private let weights: UnsafeMutablePointer<Float>
   private let rows: Int
-  /// What was sent, and how: of the latest step.
-  private var traffic: Traffic
-  private let counts: Region
+  private let batch: ProbeBatch
+  private let traffic: EvenTraffic
   private var plan: Plan?
+
+  /// `rows` of each worker, as many to each expert but for a remainder.
+  private final class EvenTraffic {
+    private let memory: Region
+    let counts: Traffic
+
+    init(_ rows: Int, workers: Int) throws(Failure) {
+      let experts = OverlapProbe.expertsOfEach * workers
+      var size = Arena()
+      _ = Traffic(arena: &size, workers: workers, experts: experts)
+      memory = try Region(bytes: size.bytes, for: "the counts of a batch")
+      var arena = Arena(over: memory.base)
+      counts = Traffic(arena: &arena, workers: workers, experts: experts)
+      for place in 0..<workers * experts {
+        counts.counts[place] = UInt32(rows / experts + (place % experts < rows % experts ? 1 : 0))
+      }
+    }
+  }
+  private static let (model, expertsOfEach) = (512, 2)
 
   /// Sizes with which messages take `seconds` and computing as long, as far as that goes.
   static func shape(of group: Group, on cluster: Cluster, seconds: Double) throws(Failure) -> (shape: Shape, rows: Int)
   {
     func shape(_ hidden: Int) throws(Failure) -> Shape {
-      try Shape(model: 512, hidden: hidden, experts: 2 * group.size, choices: 1, activation: .geluTanh)
+      try Shape(model: model, hidden: hidden, experts: expertsOfEach * group.size, choices: 1, activation: .geluTanh)
     }
     func roofline(_ hidden: Int, _ rows: Int) throws(Failure) -> Roofline {
-      let region = try OverlapProbe.counts(group.size, rows)
-      var arena = Arena(over: region.base)
-      let traffic = OverlapProbe.even(rows, group.size, &arena)
-      return Volumes(traffic, try shape(hidden), on: cluster).roofline
+      let traffic = try EvenTraffic(rows, workers: group.size)
+      return Volumes(traffic.counts, try shape(hidden), on: cluster).roofline
     }
     let (hidden, rows) = (512, 2048)
-    let first = try roofline(hidden, rows)
-    let scaled = first.busiestLink.value > 0 ? seconds / first.busiestLink.value : 1
-    let used = max(128, min(4096, Int(Double(rows) * scaled))) / 64 * 64
-    let second = try roofline(hidden, used)
-    let wide = Double(hidden) * second.busiestLink.value / max(second.compute.value, 1e-9)
+    let link = try roofline(hidden, rows).busiestLink.value
+    let used = max(128, min(4096, link > 0 ? Int(Double(rows) * seconds / link) : rows)) / 64 * 64
+    let roofline = try roofline(hidden, used)
+    let wide = Double(hidden) * roofline.busiestLink.value / max(roofline.compute.value, 1e-9)
     return (try shape(max(64, min(4096, Int(wide) / 16 * 16))), used)
-  }
-
-  private static func counts(_ workers: Int, _ rows: Int) throws(Failure) -> Region {
-    var size = Arena()
-    _ = Traffic(arena: &size, workers: workers, experts: 2 * workers)
-    return try Region(bytes: size.bytes, for: "the counts of a batch")
-  }
-
-  /// `rows` of each worker, as many to each expert but for a remainder.
-  private static func even(_ rows: Int, _ workers: Int, _ arena: inout Arena) -> Traffic {
-    let traffic = Traffic(arena: &arena, workers: workers, experts: 2 * workers)
-    for worker in 0..<workers {
-      for expert in 0..<2 * workers {
-        let extra = expert < rows % (2 * workers) ? 1 : 0
-        traffic.counts[worker * 2 * workers + expert] = UInt32(rows / (2 * workers) + extra)
-      }
-    }
-    return traffic
   }
 
   init(_ layer: Layer, rows: Int) throws(Failure) {
     (self.layer, self.rows) = (layer, rows)
-    let floats = rows * layer.shape.model
-    memory = try Region(bytes: (3 * floats + 2 * rows) * MemoryLayout<Float>.stride, for: "measuring passes")
-    counts = try OverlapProbe.counts(layer.group.size, rows)
-    var arena = Arena(over: counts.base)
-    traffic = OverlapProbe.even(rows, layer.group.size, &arena)
-    arena = Arena(over: memory.base)
-    (tokens, output, gradTokens) = (arena.take(floats), arena.take(floats), arena.take(floats))
-    (choices, weights) = (arena.take(rows), arena.take(rows))
-    for at in 0..<floats { tokens[at] = Float(at % 1009) / 1009 - 0.5 }
-    for token in 0..<rows {
-      choices[token] = Int32(token % layer.shape.experts)
-      weights[token] = 1
-    }
+    batch = try ProbeBatch(rows: rows, floats: rows * layer.shape.model)
+    traffic = try EvenTraffic(rows, workers: layer.group.size)
   }
 
   func step() throws(Failure) {
-    let pass = try layer.route(tokens: tokens, count: rows, choices: choices, weights: weights)
-    defer { pass.end() }
-    _ = try pass.plan(wantsReport: false) {
-      var request = PlanRequest()
-      (request.shadowing, request.schedule, request.groupSize) = (.never, .pairwise, 1)
-      return request
+    _ = try batch.pass(layer, experts: layer.shape.experts, count: rows) { pass throws(Failure) in
+      _ = try pass.plan(wantsReport: false) {
+        var request = PlanRequest()
+        (request.shadowing, request.schedule, request.groupSize) = (.never, .pairwise, 1)
+        return request
+      }
+      plan = pass.plan
     }
-    plan = pass.plan
-    try pass.forward(output)
-    try pass.backward(tokens, gradTokens: gradTokens, gradWeights: nil)
   }
 
   func predicted(on cluster: Cluster) -> Seconds {
-    let forecast = Forecast(plan!, traffic, layer.shape, on: cluster, of: layer.group.rank)
+    let forecast = Forecast(plan!, traffic.counts, layer.shape, on: cluster, of: layer.group.rank)
     return forecast.forward.seconds + forecast.backward.seconds
   }
 }
