@@ -3,35 +3,6 @@ import Testing
 
 @testable import FasterMoE
 
-/// Counts with the memory they stand in.
-private final class Batch {
-  let traffic: Traffic
-  private let memory: UnsafeMutablePointer<UInt8>
-
-  init(_ counts: [[Int]]) {
-    var size = Arena()
-    _ = Traffic(arena: &size, workers: counts.count, experts: counts[0].count)
-    memory = UnsafeMutablePointer<UInt8>.allocate(capacity: size.bytes)
-    var arena = Arena(over: memory)
-    traffic = Traffic(arena: &arena, workers: counts.count, experts: counts[0].count)
-    for (at, count) in counts.joined().enumerated() { traffic.counts[at] = UInt32(count) }
-  }
-
-  deinit { memory.deallocate() }
-
-  /// `rows` of each worker, spread evenly over as many experts.
-  static func flat(workers: Int, rows: Int) -> Batch {
-    Batch(Array(repeating: Array(repeating: rows / workers, count: workers), count: workers))
-  }
-
-  /// As `flat`, but expert 0 gets about `share` of all, the others equal parts of the rest.
-  static func hot(workers: Int, rows: Int, share: Double) -> Batch {
-    let other = (rows - Int(Double(rows) * share)) / (workers - 1)
-    let counts = [rows - other * (workers - 1)] + Array(repeating: other, count: workers - 1)
-    return Batch(Array(repeating: counts, count: workers))
-  }
-}
-
 private func cluster(_ name: String) throws -> Cluster {
   let root = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .deletingLastPathComponent()
@@ -153,73 +124,10 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     #expect(seconds > 120.8 && seconds < 120.8 * 16 / 15 + 4, "\(seconds)")
   }
 
-  // MARK: Random clusters and batches
-
-  /// Hosts of some workers each, ranks dealt out in any order, links of any speed, now and then a peer link.
-  private static func randomCluster(_ numbers: inout Numbers, workers: Int, latency: Double = 1e-5) throws -> Cluster {
-    func number(_ low: Double, _ high: Double) -> Double { low + (high - low) * Double(numbers.next() + 1) / 2 }
-    func link() -> Cluster.Document.Link {
-      Cluster.Document.Link(bandwidth: numbers.below(5) == 0 ? nil : number(1e8, 2e9), latency: latency * number(0, 1))
-    }
-    var document = Cluster.Document()
-    document.places = [.init(name: "root")]
-    let hosts = 1 + numbers.below(4)
-    for host in 0..<hosts { document.places.append(.init(name: "h\(host)", in: "root", up: link(), down: link())) }
-    for worker in 0..<workers {
-      document.workers.append(
-        .init(
-          name: "w\(worker)", in: "h\(numbers.below(hosts))", up: link(), down: link(),
-          flops: [.init(rows: 1, rate: FlopRate(1e9)), .init(rows: 50, rate: FlopRate(number(2e10, 5e10)))]))
-    }
-    if workers > 2 && numbers.below(2) == 0 {
-      document.peers = [.init(from: "w0", to: "w\(1 + numbers.below(workers - 1))", there: link(), back: link())]
-    }
-    return try Cluster(document)
-  }
-
-  private static func randomBatch(_ numbers: inout Numbers, workers: Int, experts: Int) -> Batch {
-    let skew = numbers.below(4)
-    return Batch(
-      (0..<workers).map { _ in
-        (0..<experts).map { $0 < skew ? numbers.below(900) : max(0, numbers.below(60) - 10) }
-      })
-  }
-
-  /// `body` for many clusters, batches and shapes.
-  private static func withRandom(
-    _ stream: UInt64, times: Int = 40, latency: Double = 1e-5,
-    _ body: (inout Numbers, Cluster, Batch, Shape) throws -> Void
-  ) throws {
-    var numbers = Numbers(stream)
-    for _ in 0..<times {
-      let workers = 1 + numbers.below(9)
-      let experts = workers * (1 + numbers.below(3))
-      let cluster = try randomCluster(&numbers, workers: workers, latency: latency)
-      let batch = randomBatch(&numbers, workers: workers, experts: experts)
-      let shape = try Shape(model: 64, hidden: 128, experts: experts, choices: 1, activation: .gelu)
-      try body(&numbers, cluster, batch, shape)
-    }
-  }
-
-  static func randomPlan(_ numbers: inout Numbers, workers: Int, experts: Int) -> Plan {
-    let shadows = (0..<experts).filter { _ in numbers.below(4) == 0 }
-    func order() -> Order {
-      Order(
-        shadows: Order.Shadows.allCases[numbers.below(2)], rows: Order.Rows.allCases[numbers.below(2)],
-        returns: Order.Returns.allCases[numbers.below(2)])
-    }
-    switch numbers.below(6) {
-    case 0: return .coarse(workers: workers, shadows: shadows)
-    case 1: return .everyExpert(workers: workers, experts: experts)
-    case 2: return Plan.coarse(workers: workers, shadows: Array(0..<experts), fetchesAgain: true)
-    default:
-      let groups = Groups(workers: workers, size: 1 + numbers.below(workers))
-      return .pairwise(groups, shadows: shadows, forward: order(), backward: order())
-    }
-  }
+  // MARK: Any cluster and batch
 
   @Test func seatsFollowTheTree() throws {
-    try Self.withRandom(31) { _, cluster, _, _ in
+    try RandomPlans.withRandom(31) { _, cluster, _, _ in
       #expect(cluster.ranks.sorted() == Array(0..<cluster.workers))
       for rank in 0..<cluster.workers { #expect(cluster.ranks[cluster.seats[rank]] == rank) }
       for node in cluster.nodes {
@@ -237,7 +145,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
 
   /// Every round's loads equal the sum over all flows of the links that each one walks.
   @Test func loadsEqualEveryFlowForItself() throws {
-    try Self.withRandom(32) { numbers, cluster, batch, _ in
+    try RandomPlans.withRandom(32) { numbers, cluster, batch, _ in
       let groups = Groups(workers: cluster.workers, size: 1 + numbers.below(cluster.workers))
       let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(3) == 0 }
       let moving = RowsBetween(batch.traffic, on: cluster).without(shadows, of: batch.traffic, on: cluster)
@@ -266,8 +174,8 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
 
   /// Everything that a batch needs is done once, after what it needs.
   @Test func plansAreWhole() throws {
-    try Self.withRandom(33, times: 200) { numbers, cluster, batch, _ in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+    try RandomPlans.withRandom(33, times: 200) { numbers, cluster, batch, _ in
+      let plan = RandomPlans.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
       let refetches = plan.backward.contains { $0.action == .fetch(shadow: 0) }
       for (steps, isBackward) in [(plan.forward, false), (plan.backward, true)] {
         var place: [Int: Int] = [:]
@@ -311,8 +219,8 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
 
   /// Workers that play a plan at any pace, each waiting for its partners at every step, all come to its end.
   @Test func nobodyWaitsForWhatCannotCome() throws {
-    try Self.withRandom(34, times: 100) { numbers, cluster, batch, _ in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
+    try RandomPlans.withRandom(34, times: 100) { numbers, cluster, batch, _ in
+      let plan = RandomPlans.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
       for steps in [plan.forward, plan.backward] {
         let lanes = [true, false].map { lane in steps.indices.filter { steps[$0].action.communicates == lane } }
         var next = Array(repeating: [0, 0], count: cluster.workers)
@@ -350,259 +258,30 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     }
   }
 
-  // MARK: Virtual time
-
-  /// Seconds of a plan, forward and backward.
-  private static func seconds(_ plan: Plan, _ batch: Batch, _ shape: Shape, _ cluster: Cluster) -> Double {
-    var volumes = Volumes(batch.traffic, shape, on: cluster, shadows: plan.shadows)
-    volumes.fetchesAgain = plan.backward.contains { $0.action == .fetch(shadow: 0) }
-    var simulator = Simulator(batch.traffic, shape, on: cluster)
-    let costs = simulator.costs(plan.groups, volumes, volumes.moving)
-    for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
-      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
-      #expect(least(steps, plan.overlaps, cluster.slowdown) >= timeline.end)
-      let unhindered = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: 1, keeping: .needed)
-      let expected = play(steps, costs, plan.overlaps, stretch: plan.overlaps ? costs.stretch : 1)
-      #expect(abs(unhindered.end.value - expected) <= rounding * expected, "\(unhindered.end.value), not \(expected)")
-      #expect(timeline.end.value >= expected * (1 - rounding))
-    }
-    return
-      (costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
-      + costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown)).value
-  }
-
-  /// When all is over: message by message, from one range of seats to another, whose lanes are a dictionary.
-  private static func play(_ steps: [Step], _ costs: StepCosts, _ overlaps: Bool, stretch: Double) -> Double {
-    enum Lane: Hashable { case sends(Int), receives(Int), computes(Int) }
-    var lanes: [Lane: Double] = [:]
-    // By step and seat: what others of the step's worker wait for.
-    var spans: [[Int: (start: Double, end: Double)]] = []
-    let (groups, all) = (costs.groups, 0..<costs.groups.workers)
-    for step in steps {
-      var span: [Int: (start: Double, end: Double)] = [:]
-      func cause(_ seat: Int) -> (start: Double, end: Double) {
-        step.after < 0 ? (0, 0) : spans[step.after][seat] ?? (0, 0)
-      }
-      if step.action.communicates, !overlaps, step.after >= 0 {
-        for seat in all {
-          for lane in [Lane.sends(seat), .receives(seat)] { lanes[lane] = max(lanes[lane] ?? 0, cause(seat).end) }
-        }
-      }
-      var moves: [(from: [Int], to: [Int], start: Double, end: Double)] = []
-      /// `ready`: when who sends may, and when what is sent last is there; `tail`: what then still takes.
-      func move(_ from: [Int], _ to: [Int], _ seconds: Double, _ ready: (Int) -> Double, last: Double = 0) {
-        let free = from.map { max(lanes[.sends($0)] ?? 0, ready($0)) } + to.map { lanes[.receives($0)] ?? 0 }
-        let start = free.max() ?? 0
-        moves.append((from, to, start, max(start + seconds, last)))
-      }
-      switch step.action {
-      case .send(let round):
-        for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
-          move(
-            Array(groups.seats(of: group)), Array(groups.seats(of: groups.target(of: group, round: round))),
-            costs.sends[round * groups.count + group] * stretch
-          ) { cause($0).end }
-        }
-      case .giveBack(let round):
-        for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
-          let from = Array(groups.seats(of: groups.target(of: group, round: round)))
-          let blocks = from.map { costs.blocks[round * all.count + $0] }
-          let seconds = costs.returns[round * groups.count + group] * stretch
-          move(
-            from, Array(groups.seats(of: group)), seconds,
-            {
-              let made = cause($0)
-              return overlaps && step.after >= 0
-                ? made.start + (made.end - made.start) / costs.blocks[round * all.count + $0] : made.end
-            }, last: from.map { cause($0).end }.max()! + (blocks.min()! > 0 ? seconds / blocks.min()! : 0))
-        }
-      case .fetch(let shadow), .reduce(let shadow):
-        let owner = costs.owners[shadow]
-        var (first, seconds) = (owner, 0.0)
-        if case .fetch = step.action {
-          seconds = costs.fetches[shadow] * stretch
-        } else {
-          (first, seconds) = ((owner + 1) % all.count, costs.reduces[shadow] * stretch)
-        }
-        let last = (first + all.count - 1) % all.count
-        move(all.filter { $0 != last }, all.filter { $0 != first }, seconds) { cause($0).end }
-      case .compute, .computeShadow, .gradWeights, .gradShadowWeights:
-        for seat in all {
-          var (work, blocks) = (0.0, 1.0)
-          switch step.action {
-          case .compute(let round):
-            (work, blocks) = (costs.computes[round * all.count + seat], costs.blocks[round * all.count + seat])
-          case .computeShadow(let shadow): work = costs.shadows[shadow * all.count + seat]
-          case .gradShadowWeights(let shadow): work = costs.shadowWeights[shadow * all.count + seat]
-          default: work = costs.gradWeights[seat]
-          }
-          let (given, free) = (cause(seat), lanes[.computes(seat)] ?? 0)
-          if case .compute = step.action, overlaps, step.after >= 0 {
-            let start = max(free, given.start + (given.end - given.start) / blocks)
-            span[seat] = (start, max(start + work, given.end + work / blocks))
-          } else {
-            span[seat] = (max(free, given.end), max(free, given.end) + work)
-          }
-          lanes[.computes(seat)] = span[seat]!.end
-        }
-      }
-      for move in moves {
-        for seat in move.from { lanes[.sends(seat)] = move.end }
-        for seat in move.to { lanes[.receives(seat)] = move.end }
-        var isSend = true
-        if case .giveBack = step.action { isSend = false }
-        if case .reduce = step.action { isSend = false }
-        for seat in isSend && overlaps ? move.to : move.to + move.from {
-          let before = span[seat] ?? (move.start, move.end)
-          span[seat] = (min(before.start, move.start), max(before.end, move.end))
-        }
-      }
-      if step.action.communicates, !overlaps {
-        // Whoever has no part in a step is past it all the same once it is past those before.
-        for seat in all {
-          let free = max(lanes[.sends(seat)] ?? 0, lanes[.receives(seat)] ?? 0)
-          span[seat] = (span[seat]?.start ?? free, free)
-        }
-      }
-      spans.append(span)
-    }
-    return lanes.values.max() ?? 0
-  }
-
-  /// Rounding of sums of some hundred terms.
-  private static let rounding = 1e-12
-
-  @Test func coarseIsComputingPlusCommunicating() throws {
-    try Self.withRandom(35, latency: 0) { numbers, cluster, batch, shape in
-      let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(5) == 0 }
-      var volumes = Volumes(batch.traffic, shape, on: cluster)
-      for expert in shadows { volumes.shadow(expert) }
-      let expected = volumes.roofline.semiIdeal.value
-      let atOnce = Volumes(batch.traffic, shape, on: cluster, shadows: shadows).roofline.semiIdeal.value
-      #expect(abs(atOnce - expected) <= Self.rounding * expected, "one by one or all at once")
-      // Copies of two owners may move at once, in opposite directions or over different links.
-      let got = Self.seconds(.coarse(workers: cluster.workers, shadows: shadows), batch, shape, cluster)
-      #expect(got <= expected * (1 + Self.rounding), "\(got), not \(expected)")
-      let owners = Set(shadows.map { batch.traffic.owner(of: $0) })
-      if owners.count < 2 { #expect(got >= expected * (1 - Self.rounding), "\(got), not \(expected)") }
-    }
-  }
-
-  /// Two workers, one expert each, both shadowed: copies of both move at once, then all compute, then the gradients move.
-  @Test func coarseComputesOnceAllCopiesAreThere() throws {
-    var document = Cluster.Document()
-    document.places = [.init(name: "net")]
-    for rank in 0..<2 {
-      document.workers.append(
-        .init(
-          name: "w\(rank)", in: "net", up: .init(bandwidth: 1e6, latency: 0),
-          flops: [.init(rows: 1, rate: FlopRate(1e9))]))
-    }
-    let shape = try Shape(model: 100, hidden: 50, experts: 2, choices: 1, activation: .gelu)
-    let batch = Batch([[10, 30], [30, 10]])
-    let copy = shape.expertBytes.value / 1e6
-    let compute = shape.flops(rows: 40).value / 3 / 1e9
-    let got = Self.seconds(.coarse(workers: 2, shadows: [0, 1]), batch, shape, try Cluster(document))
-    #expect(abs(got - (2 * copy + 3 * compute)) <= Self.rounding * got, "\(got)")
-  }
-
-  @Test func fasterLinksAreNeverSlower() throws {
-    try Self.withRandom(36) { numbers, cluster, batch, shape in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
-      var document = cluster.document
-      let place = 1 + numbers.below(document.places.count - 1)
-      document.places[place].up?.bandwidth = nil
-      document.workers[0].down?.latency = 0
-      let faster = try Cluster(document)
-      let (before, after) = (
-        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, faster)
-      )
-      #expect(after <= before * (1 + Self.rounding))
-    }
-  }
-
-  @Test func twiceTheBytesAtTwiceTheRateTakeTheSameTime() throws {
-    try Self.withRandom(37) { numbers, cluster, batch, shape in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
-      func twice(_ link: inout Cluster.Document.Link?) { link?.bandwidth? *= 2 }
-      var document = cluster.document
-      for place in document.places.indices {
-        twice(&document.places[place].up)
-        twice(&document.places[place].down)
-      }
-      for worker in document.workers.indices {
-        twice(&document.workers[worker].up)
-        twice(&document.workers[worker].down)
-        // A model twice as wide has twice the bytes a row and an expert, and twice the flops.
-        document.workers[worker].flops = document.workers[worker].flops.map {
-          .init(rows: $0.rows, rate: FlopRate($0.rate.value * 2))
-        }
-      }
-      for peer in (document.peers ?? []).indices {
-        document.peers![peer].there.bandwidth? *= 2
-        twice(&document.peers![peer].back)
-      }
-      let wide = try Shape(model: 128, hidden: 128, experts: shape.experts, choices: 1, activation: .gelu)
-      let (before, after) = (
-        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, wide, try Cluster(document))
-      )
-      #expect(abs(after - before) <= Self.rounding * before)
-    }
-  }
-
-  /// In a plan that overlaps messages take longer, as far as their workers compute; else they do not.
-  @Test func messagesSlowDownWhileWorkersCompute() throws {
-    try Self.withRandom(39) { numbers, cluster, batch, shape in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
-      var document = cluster.document
-      document.messageSlowdown = 1.5
-      let (before, after) = (
-        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, try Cluster(document))
-      )
-      #expect(after >= before * (1 - Self.rounding) && after <= 1.5 * before * (1 + Self.rounding))
-      if !plan.overlaps { #expect(after == before) }
-    }
-  }
-
-  @Test func slowdownCountsWhileMessagesMove() throws {
-    try Self.withRandom(38) { numbers, cluster, batch, shape in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
-      var document = cluster.document
-      document.slowdown = 1.5
-      let (before, after) = (
-        Self.seconds(plan, batch, shape, cluster), Self.seconds(plan, batch, shape, try Cluster(document))
-      )
-      #expect(after >= before * (1 - Self.rounding) && after <= 1.5 * before * (1 + Self.rounding))
-      let coarse = Plan.coarse(workers: cluster.workers, shadows: [])
-      let (alone, slowed) = (
-        Self.seconds(coarse, batch, shape, cluster), Self.seconds(coarse, batch, shape, try Cluster(document))
-      )
-      #expect(cluster.workers == 1 || slowed <= alone * (1 + Self.rounding), "nothing overlaps, nothing is slower")
-    }
-  }
-
   // MARK: Planning
 
   @Test func plansAreNeverSlowerThanPlain() throws {
-    try Self.withRandom(39, times: 150) { _, cluster, batch, shape in
+    try RandomPlans.withRandom(39, times: 150) { _, cluster, batch, shape in
       var (planner, another) = (
         Planner(batch.traffic, shape, on: cluster), Planner(batch.traffic, shape, on: cluster)
       )
       let (plan, report) = try planner.plan(PlanRequest())
-      #expect(report.planned <= report.plain && report.ideal.value <= report.planned.value * (1 + Self.rounding))
+      #expect(
+        report.planned <= report.plain && report.ideal.value <= report.planned.value * (1 + SimulatorTests.rounding))
       var request = PlanRequest()
       request.shadowing = .paper
       // Where a plan is good enough, the rest is not tried.
       #expect(try report.planned.value <= planner.plan(request).report.planned.value * 1.005)
       #expect(report.shadows == plan.shadows.count && report.steps == plan.forward.count + plan.backward.count)
       #expect(try another.plan(PlanRequest()).plan == plan, "the same values, the same plan")
-      #expect(abs(Self.seconds(plan, batch, shape, cluster) - report.planned.value) <= Self.rounding)
+      #expect(
+        abs(SimulatorTests.seconds(plan, batch, shape, cluster) - report.planned.value) <= SimulatorTests.rounding)
     }
   }
 
   /// Against every set of shadows, group size and order.
   @Test func plansAreNearlyTheBestThereAre() throws {
-    try Self.withRandom(40, times: 30) { _, cluster, batch, shape in
+    try RandomPlans.withRandom(40, times: 30) { _, cluster, batch, shape in
       let (workers, experts) = (cluster.workers, batch.traffic.experts)
       guard experts <= 6 else { return }
       var least = Double.infinity
@@ -614,7 +293,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
               let order = Order(shadows: shadowOrder, rows: rows)
               let plan = Plan.pairwise(
                 Groups(workers: workers, size: size), shadows: shadows, forward: order, backward: order)
-              least = min(least, Self.seconds(plan, batch, shape, cluster))
+              least = min(least, SimulatorTests.seconds(plan, batch, shape, cluster))
             }
           }
         }
@@ -650,7 +329,7 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
   }
 
   @Test func requestsAreHonoured() throws {
-    try Self.withRandom(41, times: 20) { numbers, cluster, batch, shape in
+    try RandomPlans.withRandom(41, times: 20) { numbers, cluster, batch, shape in
       let experts = batch.traffic.experts
       var planner = Planner(batch.traffic, shape, on: cluster)
       for schedule in [PlanRequest.Schedule.best, .coarse, .pairwise] {
@@ -676,93 +355,10 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     }
   }
 
-  // MARK: One worker's part
-
-  /// Every worker's steps follow what they wait for, its lanes do not overlap, and its rows are those of the batch.
-  @Test func forecastsAreOfOneWorker() throws {
-    try Self.withRandom(43, times: 60) { numbers, cluster, batch, shape in
-      let plan = Self.randomPlan(&numbers, workers: cluster.workers, experts: batch.traffic.experts)
-      let (traffic, workers) = (batch.traffic, cluster.workers)
-      func stays(_ expert: Int) -> Bool { plan.shadows.contains(expert) }
-      func between(_ source: Int, _ target: Int) -> Int {
-        traffic.owned(by: target).filter { !stays($0) }.reduce(0) {
-          $0 + Int(traffic.counts[source * traffic.experts + $1])
-        }
-      }
-      var forward = Seconds(0)
-      for rank in 0..<workers {
-        let forecast = Forecast(plan, traffic, shape, on: cluster, of: rank)
-        let own = (0..<traffic.experts).filter(stays).reduce(0) {
-          $0 + Int(traffic.counts[rank * traffic.experts + $1])
-        }
-        let (out, into) = (
-          (0..<workers).reduce(0) { $0 + ($1 == rank ? 0 : between(rank, $1)) },
-          (0..<workers).reduce(0) { $0 + ($1 == rank ? 0 : between($1, rank)) }
-        )
-        for (trip, steps) in [(forecast.forward, plan.forward), (forecast.backward, plan.backward)] {
-          #expect(trip.steps.map(\.action) == steps.map(\.action))
-          let spans = [
-            trip.steps.map(\.computes), trip.steps.map(\.sends), trip.steps.map(\.receives),
-          ].map { lane in lane.filter { !$0.isEmpty } }
-          for lane in spans {
-            #expect(lane.allSatisfy { $0.upperBound <= trip.seconds })
-            for (one, next) in zip(lane, lane.dropFirst()) { #expect(one.upperBound <= next.lowerBound) }
-          }
-          for (index, step) in steps.enumerated() where step.after >= 0 {
-            let (cause, effect) = (trip.steps[step.after], trip.steps[index])
-            guard !effect.computes.isEmpty, !cause.receives.isEmpty else { continue }
-            // What comes block by block is computed so; nothing else begins before what it needs is whole.
-            var isByBlocks = false
-            if case .compute = step.action { isByBlocks = plan.overlaps }
-            #expect(cause.receives.upperBound <= (isByBlocks ? effect.computes.upperBound : effect.computes.lowerBound))
-            #expect(cause.receives.lowerBound <= effect.computes.lowerBound)
-          }
-          func sum(_ rows: (Forecast.Stretch) -> Int, _ isMeant: (Action) -> Bool) -> Int {
-            trip.steps.filter { isMeant($0.action) }.reduce(0) { $0 + rows($1) }
-          }
-          func isSend(_ action: Action) -> Bool { if case .send = action { true } else { false } }
-          func isReturn(_ action: Action) -> Bool { if case .giveBack = action { true } else { false } }
-          func isCompute(_ action: Action) -> Bool {
-            switch action {
-            case .compute, .computeShadow: true
-            default: false
-            }
-          }
-          #expect(sum(\.leaving, isSend) == out && sum(\.arriving, isSend) == into)
-          #expect(sum(\.leaving, isReturn) == into && sum(\.arriving, isReturn) == out)
-          #expect(sum(\.computed, isCompute) == into + between(rank, rank) + own)
-          #expect(
-            trip.steps.filter { isSend($0.action) || isReturn($0.action) }.reduce(0) { $0 + $1.bytes.value }
-              == Double(2 * (out + into)) * shape.rowBytes.value)
-        }
-        #expect(rank == 0 || forecast.forward.seconds == forward, "a trip takes all workers as long")
-        forward = forecast.forward.seconds
-      }
-    }
-  }
-
-  /// Workers that share memory: what the report of a plan in place says.
-  @Test func forecastsInPlaceTakeWhatTheirReportSays() throws {
-    try Self.withRandom(44, times: 20) { numbers, _, batch, shape in
-      let rates = (0..<batch.traffic.workers).map { _ in
-        WorkerRates(
-          ComputeRates(
-            products: SIMD8(repeating: 1e9 * Double(1 + numbers.below(9))),
-            weightGrads: SIMD8(repeating: 1e9 * Double(1 + numbers.below(9))), rowHandling: ByteRate(1e9)))
-      }
-      let report = PlanReport.inPlace(batch.traffic, shape: shape, rates: rates)
-      let cluster = try #require(Cluster.inPlace(rates))
-      let forecast = Forecast(
-        .coarse(workers: cluster.workers, shadows: []), batch.traffic, shape, on: cluster, of: cluster.workers - 1)
-      let got = (forecast.forward.seconds + forecast.backward.seconds).value
-      #expect(abs(got - report.planned.value) <= Self.rounding * got, "\(got), not \(report.planned.value)")
-    }
-  }
-
   @Test func documentsComeBackAsTheyWent() throws {
     let path = FileManager.default.temporaryDirectory.appending(path: "fastermoe-\(getpid()).json").path
     defer { try? FileManager.default.removeItem(atPath: path) }
-    try Self.withRandom(42, times: 20) { _, cluster, _, _ in
+    try RandomPlans.withRandom(42, times: 20) { _, cluster, _, _ in
       try Documents.write(cluster.document, to: path)
       #expect(try Documents.read(Cluster.Document.self, from: path) == cluster.document)
     }

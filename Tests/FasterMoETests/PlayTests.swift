@@ -60,7 +60,7 @@ import Testing
       // The same on all ranks.
       var numbers = Numbers(UInt64(40 + workers))
       for _ in 0..<40 {
-        let plan = PlannerTests.randomPlan(&numbers, workers: workers, experts: experts)
+        let plan = RandomPlans.randomPlan(&numbers, workers: workers, experts: experts)
         let got = try Self.step(layer, tokens: n, by: plan, seed: rank)
         #expect(got.output == wanted.output, "\(plan)")
         for (a, b) in [(got.gradTokens, wanted.gradTokens), (got.gradients, wanted.gradients)] {

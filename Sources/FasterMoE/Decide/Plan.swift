@@ -111,12 +111,10 @@ package struct PlanReport {
       }
       forward = max(forward, rowsTake)
       backward = max(backward, rowsTake + weightsTake)
-      report.ideal = max(report.ideal, rowsTake * 2 + weightsTake)
     }
     // All meet in between.
-    report.planned = max(forward + backward, report.ideal)  // but for rounding
-    report.plain = report.planned
-    report.semiIdeal = report.ideal
+    report.planned = forward + backward
+    (report.plain, report.ideal, report.semiIdeal) = (report.planned, report.planned, report.planned)
     if work.value > 0 { report.flopRatePerWorker = Flops(work.value / Double(traffic.workers)) / report.planned }
     return report
   }

@@ -48,8 +48,8 @@ package struct Planner {
     report.groupSize = chosen.plan.groups.size
     report.steps = chosen.plan.steps
     report.plain = plain.seconds
-    report.planned = max(chosen.seconds, roofline.ideal)  // but for rounding
-    report.ideal = roofline.ideal
+    report.planned = chosen.seconds
+    report.ideal = min(roofline.ideal, chosen.seconds)  // no less but for rounding
     report.semiIdeal = roofline.semiIdeal
     report.computeOverCommunicate = roofline.computeOverCommunicate
     report.stepRatio = roofline.stepRatio

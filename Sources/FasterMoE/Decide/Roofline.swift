@@ -1,6 +1,6 @@
 /// The DDL-Roofline of one batch (FasterMoE §3): what computing and communicating would take on their own.
 package struct Roofline {
-  /// Of the busiest worker, forward and backward: three computes (eq. 1).
+  /// Of the busiest worker, forward and again backward: three computes (eq. 1).
   package let compute: Seconds
   /// Four collectives, each over its busiest directed link (eq. 2), and the copies of shadows. Latency of rows is left out,
   /// as in the paper.
@@ -141,7 +141,8 @@ package struct Volumes {
 
   /// One after the other.
   package var serial: Seconds { computing + communicating }
-  private var computing: Seconds { busiest { 2 * $0 + $1 } }
+  /// Of the busiest worker forward and of the busiest one back: all meet in between.
+  private var computing: Seconds { busiest { rows, _ in rows } + busiest { $0 + $1 } }
   private func busiest(_ seconds: (_ rows: Double, _ weights: Double) -> Double) -> Seconds {
     var most = 0.0
     for seat in busy.indices { most = max(most, seconds(busy[seat], busyWithWeights[seat])) }

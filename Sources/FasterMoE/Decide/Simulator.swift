@@ -398,7 +398,7 @@ package struct Timeline {
         guard place >= 0 else { continue }
         let isHere = overlaps && seat == first
         starts[place + seat] = isHere ? 0 : start
-        ends[place + seat] = isHere ? 0 : max(sending[seat], receiving[seat])
+        ends[place + seat] = isHere ? 0 : overlaps ? end : max(sending[seat], receiving[seat])
       }
       talks.append(index)
     }
