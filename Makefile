@@ -102,6 +102,9 @@ bench: packages-bench stage
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/gates.c -o $(OUT)/gates \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib
 	$(OUT)/gates
+	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/plan.c -o $(OUT)/plan \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm
+	$(OUT)/plan
 
 # AdamW beside loops that move the same bytes.
 bench-adamw: packages-build stage

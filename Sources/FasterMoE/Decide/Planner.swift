@@ -8,6 +8,8 @@ package struct Planner {
   private let shape: Shape
   private let cluster: Cluster
   private var simulator: Simulator
+  /// How many more times a worker's part in a step may be played.
+  private var plays = 0
 
   /// Most counts, W·E, and most entries of a table of rounds.
   private static let mostCounts = 1 << 24
@@ -34,11 +36,13 @@ package struct Planner {
     let known = request.schedule == .pairwise ? nil : plain
     var chosen: Choice
     switch request.shadowing {
-    case .never: chosen = best([none], request, known)
-    case .given: chosen = best([shadowing(request.shadows)], request, nil)
-    case .paper: chosen = best([shadowing(paper)], request, nil)
+    case .never: chosen = best(ofAll: [none], request, known)
+    case .given: chosen = best(ofAll: [shadowing(request.shadows)], request, nil)
+    case .paper: chosen = best(ofAll: [shadowing(paper)], request, nil)
     case .everyExpert: chosen = everyExpert(request)
-    case .best: chosen = best(candidates(after: none, below: plain.seconds), request, known)
+    case .best:
+      chosen = best(ofAll: candidates(after: none, below: plain.seconds), request, known)
+      improve(&chosen, request)
     }
     if chosen.plan.groups.count > 1 { refine(&chosen) }
 
@@ -101,9 +105,13 @@ package struct Planner {
   /// beside what it plans.
   private static let mostSets = 8
   private static let mostPairs = 1 << 20
-  /// Most steps, each of all workers, that are played before what was found so far is good enough: twice rounds and shadows
-  /// in every order.
-  private static let mostPlayed = 1 << 19
+  /// So many are played, whatever it takes.
+  private static let fewestSets = 3
+  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step.
+  private static let share = 0.005
+  private static let secondsEach = Seconds(2e-8)
+  /// A third of a millisecond: many workers with few rows have short steps that still want good plans.
+  private static let fewestPlays = 1 << 14
   /// A plan that takes this many times what no other can beat is good enough.
   private static let enough = 1.005
 
@@ -123,33 +131,76 @@ package struct Planner {
     return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
   }
 
+  private mutating func best(ofAll sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
+    plays = max(Planner.fewestPlays, Int(sets[0].least * Planner.share / Planner.secondsEach))
+    return best(sets, request, known)
+  }
+
   /// The best schedule of the best of `sets`, which stand in the order of their least time; `known` is one already.
   private mutating func best(_ sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
     var chosen = known
+    /// Nothing that overlaps `volumes` can take less than this.
+    func isEnough(_ volumes: Volumes) -> Bool { chosen.map { $0.seconds < volumes.least * Planner.enough } ?? false }
+    func choose(_ other: Choice) { if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other } }
+
+    // Every set in the fewest rounds, then what was best in more.
     let sizes = groupSizes(request)
-    var played = 0
-    for volumes in sets {
-      // Nothing that follows can take less than this.
-      func isEnough() -> Bool { chosen.map { $0.seconds < volumes.least * Planner.enough } ?? false }
-      if isEnough() { break }
+    var tried: [(seconds: Seconds, volumes: Volumes, moving: RowsBetween)] = []
+    for (index, volumes) in sets.enumerated() where !isEnough(volumes) && (plays > 0 || index < Planner.fewestSets) {
       let moving = volumes.moving
-      if request.schedule != .pairwise, !volumes.shadows.isEmpty || known == nil {
-        let other = coarse(volumes, moving)
-        if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
-      }
-      for size in sizes where !isEnough() && (chosen == nil || played < Planner.mostPlayed) {
-        let groups = Groups(workers: cluster.workers, size: size)
-        played += (groups.count + volumes.shadows.count) * cluster.workers
-        let other = pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
-        if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other }
-      }
+      let first = sizes.first.map { pairwise($0, volumes, moving) } ?? coarse(volumes, moving)
+      choose(first)
+      tried.insert((first.seconds, volumes, moving), at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
     }
+    for (_, volumes, moving) in tried {
+      for size in sizes.dropFirst() where plays > 0 && !isEnough(volumes) { choose(pairwise(size, volumes, moving)) }
+    }
+    // Where messages slow down much beside computing.
+    if request.schedule == .best, let (_, volumes, moving) = tried.first { choose(coarse(volumes, moving)) }
     return chosen!
   }
 
+  /// Prefixes of one order are not all sets: takes what is a little different for as long as that helps, where a plan is
+  /// small enough to play many.
+  private mutating func improve(_ chosen: inout Choice, _ request: PlanRequest) {
+    let (workers, experts) = (cluster.workers, traffic.experts)
+    var (expert, unchanged) = (0, 0)
+    while unchanged < experts {
+      let before = chosen.seconds
+      for shadows in Planner.neighbours(of: chosen.volumes.shadows, expert) {
+        plays -= workers * (workers + experts)
+        guard plays > 0 else { return }
+        let volumes = shadowing(shadows)
+        if volumes.least < chosen.seconds { chosen = best([volumes], request, chosen) }
+      }
+      unchanged = chosen.seconds < before ? 0 : unchanged + 1
+      expert = (expert + 1) % experts
+    }
+  }
+
+  /// The lists of shadows in which one expert is in or out, in place of another, or fetched first or last.
+  private static func neighbours(of shadows: [Int], _ expert: Int) -> [[Int]] {
+    guard shadows.contains(expert) else {
+      return [shadows + [expert]]
+        + shadows.indices.map {
+          var other = shadows
+          other[$0] = expert
+          return other
+        }
+    }
+    let others = shadows.filter { $0 != expert }
+    return [others] + [[expert] + others, others + [expert]].filter { $0 != shadows }
+  }
+
   /// The best of `orders`, of each direction for itself: they follow one another.
-  private func pairwise(_ costs: StepCosts, _ volumes: Volumes, _ orders: [Order]) -> Choice {
+  private mutating func pairwise(_ size: Int, _ volumes: Volumes, _ moving: RowsBetween) -> Choice {
+    let groups = Groups(workers: cluster.workers, size: size)
+    return pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
+  }
+
+  private mutating func pairwise(_ costs: StepCosts, _ volumes: Volumes, _ orders: [Order]) -> Choice {
     let shadows = volumes.shadows.count
+    plays -= orders.count * (3 * costs.groups.count + 3 * shadows) * 2 * cluster.workers
     let forward = Planner.least(orders) {
       costs.forward(
         Steps.forward(costs.groups, shadows: shadows, $0).list, overlaps: true, slowdown: cluster.slowdown)
@@ -178,7 +229,7 @@ package struct Planner {
   }
 
   /// All orders of what is chosen.
-  private func refine(_ chosen: inout Choice) {
+  private mutating func refine(_ chosen: inout Choice) {
     var orders: [Order] = []
     for shadows in chosen.plan.shadows.isEmpty ? [.late] : Order.Shadows.allCases {
       for rows in Order.Rows.allCases {
@@ -189,13 +240,13 @@ package struct Planner {
     if other.seconds < chosen.seconds { chosen = other }
   }
 
-  /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small
+  /// All divisors of W (of few workers every size), those that make two to four groups, and those of the places that workers share; not so small
   /// that rounds are too many to play. The largest first: it has the fewest steps.
   private func groupSizes(_ request: PlanRequest) -> [Int] {
     let workers = cluster.workers
     guard request.schedule != .coarse else { return [] }
     guard request.groupSize == 0 else { return [min(request.groupSize, workers)] }
-    var sizes = Set((1...workers).filter { workers % $0 == 0 })
+    var sizes = Set((1...workers).filter { workers % $0 == 0 || workers <= Planner.fewWorkers })
     for groups in 2...4 where groups < workers { sizes.insert((workers + groups - 1) / groups) }
     for node in cluster.nodes where !node.seats.isEmpty { sizes.insert(node.seats.count) }
     let mostRounds = workers > Planner.manyWorkers ? Planner.manyWorkers / 2 : Planner.manyWorkers
@@ -206,6 +257,8 @@ package struct Planner {
   }
 
   private static let manyWorkers = 64
+  /// Up to so many, every size is looked at.
+  private static let fewWorkers = 8
 
   private func seconds(_ plan: Plan, _ costs: StepCosts) -> Seconds {
     costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
