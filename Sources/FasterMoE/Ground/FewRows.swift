@@ -6,28 +6,36 @@ import CHints
 /// memory straight into its multiplications. Sums are the same chains as those of `Tiles`, so the bits are too.
 package enum FewRows {
   /// Most rows that `product` takes.
-  package static let most = 16
+  #if WIDE_VECTORS
+    package static let most = 32
+  #else
+    package static let most = 24
+  #endif
   /// Weight rows that it takes at a time.
   package static let columns = 16
   /// Up to here weights are turned in registers; above, rows stand side by side and weights are broadcast.
   private static let mostTurnedInRegisters = 4
 
   /// Scratch floats for rows of `depth`.
-  package static func scratch(depth: Int) -> Int { depth * 16 + 2 * 256 }
+  package static func scratch(depth: Int) -> Int { depth * most + columns * 32 }
+
+  /// How many rows stand side by side: whole registers of 8.
+  private static func lanes(_ rows: Int) -> Int { (rows + 7) / 8 * 8 }
 
   /// Puts `rows` rows of `left` side by side in `scratch` for the products to come.
   package static func prepare(_ left: Panels, rows: Int, scratch: UnsafeMutablePointer<Float>) {
     guard rows > mostTurnedInRegisters else { return }
+    let lanes = lanes(rows)
     for block in 0..<left.blocks {
       let depth = min(16, left.width - block * 16)
       Panels.forEach(rows: rows) { first, high in
         let from = left.panel(first) + block * high * 16
         for i in 0..<high {
-          for k in 0..<depth { scratch[(block * 16 + k) * 16 + first + i] = from[i * 16 + k] }
+          for k in 0..<depth { scratch[(block * 16 + k) * lanes + first + i] = from[i * 16 + k] }
         }
       }
-      for row in rows..<16 {
-        for k in 0..<depth { scratch[(block * 16 + k) * 16 + row] = 0 }
+      for row in rows..<lanes {
+        for k in 0..<depth { scratch[(block * 16 + k) * lanes + row] = 0 }
       }
     }
   }
@@ -52,53 +60,89 @@ package enum FewRows {
     rows: Int, _ weights: UnsafePointer<Float>, _ depth: Int, _ side: UnsafeMutablePointer<Float>,
     _ tile: UnsafeMutablePointer<Float>
   ) {
-    let block = side + depth * 16
-    let sums = block + 256
-    #if WIDE_VECTORS
-      if rows > 8 {
-        BroadcastTile<Vector, 16>.run(side, weights, depth, block, sums)
-      } else {
-        BroadcastTile<SIMD8<Float>, 16>.run(side, weights, depth, block, sums)
+    let lanes = lanes(rows)
+    let sums = side + depth * most
+    var first = 0
+    while first < rows {
+      let taken: Int
+      // The first turn through the weights asks for the next ones.
+      let ahead = first == 0 ? columns * depth : 0
+      #if WIDE_VECTORS
+        switch rows - first {
+        case 25...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        }
+      #else
+        switch rows - first {
+        case 17...: taken = turn(BroadcastTile<Eight, 3, 4>.self, side + first, lanes, weights, depth, ahead, sums)
+        case 9...: taken = turn(BroadcastTile<Eight, 2, 4>.self, side + first, lanes, weights, depth, ahead, sums)
+        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        }
+      #endif
+      for part in stride(from: 0, to: min(taken, rows - first), by: 16) {
+        let turned = transposed(sums + part, stride: 32)
+        for i in 0..<min(16, rows - first - part, taken - part) {
+          tile.store(turned[i], at: (first + part + i) * 32)
+        }
       }
-    #else
-      for lanes in stride(from: 0, to: rows, by: 8) {
-        BroadcastTile<SIMD8<Float>, 8>.run(side + lanes, weights, depth, block, sums + lanes)
-        BroadcastTile<SIMD8<Float>, 8>.run(side + lanes, weights + 8 * depth, depth, block, sums + (lanes + 8 * 16))
-      }
-    #endif
-    for row in 0..<rows {
-      for column in 0..<16 { tile[row * 32 + column] = sums[column * 16 + row] }
+      first += taken
     }
+  }
+
+  /// All 16 weight rows, M at a time; how many rows that was.
+  @inline(__always)
+  private static func turn<V, let N: Int, let M: Int>(
+    _: BroadcastTile<V, N, M>.Type, _ side: UnsafePointer<Float>, _ lanes: Int, _ weights: UnsafePointer<Float>,
+    _ depth: Int, _ ahead: Int, _ sums: UnsafeMutablePointer<Float>
+  ) -> Int {
+    for column in stride(from: 0, to: columns, by: M) {
+      BroadcastTile<V, N, M>.run(side, lanes, weights + column * depth, depth, ahead, sums + column * 32)
+    }
+    return N * V.scalarCount
   }
 }
 
-/// M weight rows × as many rows as V has lanes; `sums` [M, 16], `block` [M, 16] is scratch.
-private enum BroadcastTile<V: SIMD & BitwiseCopyable, let M: Int> where V.Scalar == Float {
+private typealias Eight = SIMD8<Float>
+
+/// M weight rows × as many rows as N vectors have lanes; `sums` [M, 32].
+///
+/// Rows of weights are often a power of two apart and fight for one cache set, which holds 8 lines: so M is at most 8.
+private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> where V.Scalar == Float {
   @inline(never)
   static func run(
-    _ side: UnsafePointer<Float>, _ weights: UnsafePointer<Float>, _ depth: Int, _ block: UnsafeMutablePointer<Float>,
+    _ side: UnsafePointer<Float>, _ lanes: Int, _ weights: UnsafePointer<Float>, _ depth: Int, _ ahead: Int,
     _ sums: UnsafeMutablePointer<Float>
   ) {
-    var chains = InlineArray<M, V>(repeating: .zero)
-    var first = 0
-    while first < depth {
-      // Rows of weights are often a power of two apart and would fight for one cache set: 16 columns move together.
-      let count = min(16, depth &- first)
-      for i in 0..<M {
-        let row = weights + (i &* depth &+ first)
-        hint_read_later(row + (16 &* depth))
-        block.store(row.vector(at: 0, first: count), at: i &* 16)
+    var sums0 = InlineArray<M, V>(repeating: .zero)
+    var sums1 = InlineArray<M, V>(repeating: .zero)
+    var sums2 = InlineArray<M, V>(repeating: .zero)
+    let width = V.scalarCount
+    var x = side
+    var w = weights
+    var left = depth
+    while left > 0 {
+      for i in 0..<M { hint_read_later(w + (i &* depth &+ ahead)) }
+      for k in 0..<min(16, left) {
+        let x0 = UnsafeRawPointer(x).loadUnaligned(as: V.self)
+        let x1 = N > 1 ? UnsafeRawPointer(x + width).loadUnaligned(as: V.self) : .zero
+        let x2 = N > 2 ? UnsafeRawPointer(x + 2 &* width).loadUnaligned(as: V.self) : .zero
+        for i in 0..<M {
+          let weight = V(repeating: w[i &* depth &+ k])
+          sums0[unchecked: i].addProduct(weight, x0)
+          if N > 1 { sums1[unchecked: i].addProduct(weight, x1) }
+          if N > 2 { sums2[unchecked: i].addProduct(weight, x2) }
+        }
+        x += lanes
       }
-      var x = UnsafeRawPointer(side + (first &* 16))
-      for k in 0..<count {
-        let column = x.loadUnaligned(as: V.self)
-        for i in 0..<M { chains[unchecked: i].addProduct(V(repeating: block[i &* 16 &+ k]), column) }
-        x += 64
-      }
-      first &+= 16
+      w += 16
+      left &-= 16
     }
     for i in 0..<M {
-      UnsafeMutableRawPointer(sums + (i &* 16)).storeBytes(of: chains[unchecked: i], as: V.self)
+      let to = UnsafeMutableRawPointer(sums + i &* 32)
+      to.storeBytes(of: sums0[unchecked: i], as: V.self)
+      if N > 1 { (to + width &* 4).storeBytes(of: sums1[unchecked: i], as: V.self) }
+      if N > 2 { (to + width &* 8).storeBytes(of: sums2[unchecked: i], as: V.self) }
     }
   }
 }
