@@ -2,7 +2,7 @@
  *
  *   bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--repeats N] [--json FILE]
  *
- * A step is what a host does for each batch except its optimiser: zero_gradients, gate, forward, backward. Useful
+ * A step is what a host does for each batch except its optimiser: begin_gradients, gate, forward, backward. Useful
  * flops are those of the experts alone, 4·n·k·d·h forward and 12·n·k·d·h forward + backward; the gate, dispatch,
  * activation and combine count as lost time. Each figure is the best of its repeats, and each share is against
  * OpenBLAS's sgemm at 4096^3 on the same threads, timed between the repeats: speeds drift on shared machines. Beside
@@ -88,7 +88,7 @@ static void stop(bench *b) {
 static double step(bench *b, int backward) {
   fmoe_pass *pass;
   double begin = now();
-  if (backward) CHECK(fmoe_layer_zero_gradients(b->layer));
+  if (backward) CHECK(fmoe_layer_begin_gradients(b->layer));
   CHECK(fmoe_gate(b->layer, b->x, b->s.n, &pass));
   CHECK(fmoe_forward(pass, b->y));
   if (backward) CHECK(fmoe_backward(pass, b->dy, b->dx, NULL));
@@ -234,7 +234,7 @@ int main(int argc, char **argv) {
     }
   }
   if (out) fprintf(out, "\n ]}\n"), fclose(out);
-  printf("\nshare: useful expert flops over time, against sgemm on the same threads. step: zero_gradients, gate, forward, backward.\n"
+  printf("\nshare: useful expert flops over time, against sgemm on the same threads. step: begin_gradients, gate, forward, backward.\n"
          "OpenBLAS: its share with the bare products of a balanced step, on the same threads.\n"
          "memory: peak beyond parameters and gradients, over n·k·(h + 2d) floats that backward needs.\n");
   return 0;

@@ -145,6 +145,7 @@ class Layer : public detail::Owner<fmoe_layer, fmoe_layer_destroy> {
   }
   void set_training(bool training) { check(fmoe_layer_set_training(get(), training)); }
   void zero_gradients() { check(fmoe_layer_zero_gradients(get())); }
+  void begin_gradients() { check(fmoe_layer_begin_gradients(get())); }
   void reduce_gradients() { check(fmoe_layer_reduce_gradients(get())); }
   void adamw(const fmoe_adamw_options &options) { check(fmoe_layer_adamw(get(), &options)); }
   void save(const std::string &path) const { check(fmoe_layer_save(get(), path.c_str())); }

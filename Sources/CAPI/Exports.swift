@@ -160,6 +160,14 @@ public func fmoe_layer_zero_gradients(_ layer: OpaquePointer!) -> fmoe_status {
   }
 }
 
+@_cdecl("fmoe_layer_begin_gradients") @implementation
+public func fmoe_layer_begin_gradients(_ layer: OpaquePointer!) -> fmoe_status {
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    layer.group.exclusively { layer.beginGradients() }
+  }
+}
+
 @_cdecl("fmoe_layer_reduce_gradients") @implementation
 public func fmoe_layer_reduce_gradients(_ layer: OpaquePointer!) -> fmoe_status {
   answer { () throws(Failure) in

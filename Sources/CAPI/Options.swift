@@ -125,8 +125,8 @@ extension Layer.Update {
     let required = MemoryLayout<fmoe_adamw_options>.offset(of: \.beta1)!
     let c = try readOptions(
       try require(given, "options"), "fmoe_adamw_options", smallest: required, zero: fmoe_adamw_options())
-    guard c.zero_gradients == 0 || c.zero_gradients == 1 else {
-      throw Failure(.options, "zero_gradients is 0 or 1, not \(c.zero_gradients)")
+    guard 0...2 ~= c.zero_gradients else {
+      throw Failure(.options, "zero_gradients is 0, 1 or 2, not \(c.zero_gradients)")
     }
     guard c.decay_biases == 0 || c.decay_biases == 1 else {
       throw Failure(.options, "decay_biases is 0 or 1, not \(c.decay_biases)")
@@ -146,7 +146,8 @@ extension Layer.Update {
       AdamW(
         rate: c.learning_rate, beta1: chosen(c.beta1, or: 0.9), beta2: chosen(c.beta2, or: 0.999),
         epsilon: chosen(c.epsilon, or: 1e-8), decay: c.weight_decay, scale: chosen(c.gradient_scale, or: 1)),
-      decaying: c.decay_biases == 1 ? .all : .matrices, used: c.zero_gradients == 1 ? .zeroed : .kept)
+      decaying: c.decay_biases == 1 ? .all : .matrices, used: c.zero_gradients == 1 ? .zeroed : .kept,
+      beginsGradients: c.zero_gradients == 2)
   }
 }
 

@@ -75,11 +75,13 @@ static void test_against_double(int32_t activation, fmoe_adamw_options o) {
     for (int64_t at = 0; at < r.sizes[i]; at++) r.p[i][at] = (double)values[i][at];
   }
   double worst = 0;
+  fmoe_tensors asked = {.struct_size = sizeof asked};
   o.struct_size = sizeof o;
   for (int step = 1; step <= STEPS; step++) {
     fill_gradients(layer, step);
     EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &o));
     step_in_double(&r, &o, step);
+    if (o.zero_gradients == 2) EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &asked));
     for (int i = 0; i < TENSORS; i++)
       for (int64_t at = 0; at < r.sizes[i]; at++) {
         double apart = fabs((double)values[i][at] - r.p[i][at]) / fmax(1, fabs(r.p[i][at])) / step;
@@ -222,7 +224,7 @@ static void test_options(void) {
     refuse(layer, argument, (fmoe_adamw_options){.learning_rate = 1, .beta2 = wrong[i]}, "beta2");
   }
   refuse(layer, argument, (fmoe_adamw_options){.learning_rate = 1, .beta2 = 1}, "beta2 must be 0 or more and less than 1");
-  refuse(layer, options, (fmoe_adamw_options){.learning_rate = 1, .zero_gradients = 2}, "zero_gradients");
+  refuse(layer, options, (fmoe_adamw_options){.learning_rate = 1, .zero_gradients = 3}, "zero_gradients");
   refuse(layer, options, (fmoe_adamw_options){.learning_rate = 1, .decay_biases = -1}, "decay_biases");
   refuse(layer, options, (fmoe_adamw_options){.learning_rate = 1, .reserved = 1}, "reserved");
   refuse(layer, options, (fmoe_adamw_options){.learning_rate = 1, .struct_size = 8}, "struct_size");
@@ -243,6 +245,7 @@ int main(void) {
   begin_test("adamw", 120);
   test_against_double(FMOE_GELU, (fmoe_adamw_options){.learning_rate = 1e-3});
   test_against_double(FMOE_SWIGLU, (fmoe_adamw_options){.learning_rate = 1e-3, .weight_decay = 0.1, .zero_gradients = 1});
+  test_against_double(FMOE_RELU, (fmoe_adamw_options){.learning_rate = 1e-3, .zero_gradients = 2});
   test_against_double(FMOE_RELU, (fmoe_adamw_options){.learning_rate = 3e-2, .beta1 = 0.8, .beta2 = 0.95, .epsilon = 1e-6,
                                                       .weight_decay = 0.5, .gradient_scale = 0.125, .decay_biases = 1});
   test_same_bits();

@@ -106,9 +106,20 @@ void read_gradients(batch *b, fmoe_layer *layer) {
     if (b->sizes[t]) memcpy(b->gradients[t], gradients[t], (size_t)b->sizes[t] * sizeof(float));
 }
 
+/* Whatever gradients hold when they begin anew: nothing of it may be left. */
+static void spoil_gradients(const batch *b, fmoe_layer *layer) {
+  fmoe_tensors tensors = {.struct_size = sizeof tensors};
+  float *gradients[TENSORS];
+  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &tensors));
+  tensors_of(&tensors, gradients);
+  for (int t = 0; t < TENSORS; t++)
+    for (int64_t i = 0; i < b->sizes[t]; i++) gradients[t][i] = NAN;
+}
+
 batch run(fmoe_layer *layer, const oracle *o) {
   batch b = batch_of(o, layer);
-  EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
+  spoil_gradients(&b, layer);
+  EXPECT(FMOE_OK, fmoe_layer_begin_gradients(layer));
   begin(&b, layer), forward(&b), backward(&b);
   EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer));
   read_gradients(&b, layer);

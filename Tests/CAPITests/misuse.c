@@ -158,6 +158,7 @@ static void test_null(void) {
   EXPECT(argument, fmoe_layer_gradients(NULL, &tensors));
   EXPECT(argument, fmoe_layer_gradients(layer, NULL));
   EXPECT(argument, fmoe_layer_zero_gradients(NULL));
+  EXPECT(argument, fmoe_layer_begin_gradients(NULL));
   EXPECT(argument, fmoe_layer_reduce_gradients(NULL));
   const fmoe_adamw_options adamw = {.struct_size = sizeof adamw, .learning_rate = 1};
   EXPECT(argument, fmoe_layer_adamw(NULL, &adamw));

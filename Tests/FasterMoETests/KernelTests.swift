@@ -173,6 +173,50 @@ struct Numbers {
     }
   }
 
+  /// And so does a matrix whose rows are added up where it stands, some of them at a time.
+  @Test func matricesInPlaceGiveTheBitsOfTiles() {
+    var numbers = Numbers(6)
+    for (depth, count) in [(1, 1), (15, 15), (16, 16), (40, 16), (64, 32), (100, 48)] {
+      let columns = 32
+      let weights = numbers.array(columns * depth + 16)
+      let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
+      let sums = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.mostAdded * 16)
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      defer { for memory in [strip, sums, tile, expected] { memory.deallocate() } }
+      weights.withUnsafeBufferPointer { weights in
+        let factor = Factor(weights.baseAddress!, depth: depth, columns: columns)
+        #expect(factor.matrixInPlace == weights.baseAddress!)
+        #expect(Factor(weights.baseAddress!, depth: depth, columns: columns - 1).matrixInPlace == nil)
+        factor.pack(0, into: strip)
+        for rows in 1...FewRows.mostAdded {
+          let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
+          defer { withExtendedLifetime(left) {} }
+          for column in [0, 16] {
+            sums.update(repeating: 0, count: rows * 16)
+            for from in stride(from: 0, to: depth, by: count) {
+              let isLast = from + count >= depth
+              FewRows.add(
+                left.panels, rows: rows, from: from, count: min(count, depth - from),
+                weights: weights.baseAddress! + (from * columns + column), stride: columns, to: sums,
+                into: isLast ? tile + column : sums, apart: isLast ? 32 : 16)
+            }
+          }
+          Panels.forEach(rows: rows) { first, high in
+            Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: expected)
+            for i in 0..<high {
+              for c in 0..<32 {
+                #expect(
+                  tile[(first + i) * 32 + c].bitPattern == expected[i * 32 + c].bitPattern,
+                  "rows \(rows), depth \(depth)")
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
   // MARK: Functions
 
   private static func normalShare(_ x: Double) -> Double { erfc(-x / 2.0.squareRoot()) / 2 }

@@ -34,6 +34,9 @@ package struct Factor {
     isTransposed && column + FewRows.columns <= columns ? matrix + column * depth : nil
   }
 
+  /// The matrix itself, where it is not transposed and its columns fill whole vectors.
+  package var matrixInPlace: UnsafePointer<Float>? { isTransposed || columns % 16 != 0 ? nil : matrix }
+
   /// Asks for share `part` of `parts` of what packing `column` will read, while a strip before it is in use.
   @inline(__always)
   package func prefetch(_ column: Int, part: Int, of parts: Int) {

@@ -7,7 +7,7 @@ import CHints
 package enum FewRows {
   /// Most rows that `product` takes.
   #if WIDE_VECTORS
-    package static let most = 32
+    package static let most = 48
   #else
     package static let most = 24
   #endif
@@ -17,7 +17,7 @@ package enum FewRows {
   private static let mostTurnedInRegisters = 4
 
   /// Scratch floats for rows of `depth`.
-  package static func scratch(depth: Int) -> Int { depth * most + columns * 32 }
+  package static func scratch(depth: Int) -> Int { depth * max(most, mostAdded) + columns * 32 }
 
   /// How many rows stand side by side: whole registers of 8.
   private static func lanes(_ rows: Int) -> Int { (rows + 7) / 8 * 8 }
@@ -100,6 +100,110 @@ package enum FewRows {
       BroadcastTile<V, N, M>.run(side, lanes, weights + column * depth, depth, ahead, sums + column * 32)
     }
     return N * V.scalarCount
+  }
+}
+
+// MARK: The other way round
+
+extension FewRows {
+  /// Most rows that meet a matrix whose rows are added up, where it stands.
+  #if WIDE_VECTORS
+    package static let mostAdded = 48
+  #else
+    package static let mostAdded = 24
+  #endif
+  /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
+  /// are a power of two apart, twice, since the next ones are on their way.
+  package static let depth = 64
+
+  /// tile [rows, `apart`] = sums [rows, 16] + left [rows, depth from..<from + count] · weights [count, 16], whose rows are
+  /// `stride` apart. `tile` may be `sums`.
+  @inline(__always)
+  package static func add(
+    _ left: Panels, rows: Int, from: Int, count: Int, weights: UnsafePointer<Float>, stride: Int,
+    to sums: UnsafeMutablePointer<Float>, into tile: UnsafeMutablePointer<Float>, apart: Int
+  ) {
+    var first = 0
+    while first < rows {
+      let high = min(Panels.height, rows &- first)
+      let one = left.panel(first) + from &* high
+      #if WIDE_VECTORS
+        let low = min(Panels.height, rows &- first &- high)
+        let two = left.panel(first &+ high) + from &* low
+        let sums = sums + first &* 16
+        let tile = tile + first &* apart
+        switch high &+ low {
+        case 1: AddingTile<1, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 2: AddingTile<2, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 3: AddingTile<3, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 4: AddingTile<4, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 5: AddingTile<5, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 6: AddingTile<6, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 7: AddingTile<7, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 8: AddingTile<8, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 9: AddingTile<9, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 10: AddingTile<10, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 11: AddingTile<11, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 12: AddingTile<12, 0>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 13: AddingTile<12, 1>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 14: AddingTile<12, 2>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 15: AddingTile<12, 3>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 16: AddingTile<12, 4>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 17: AddingTile<12, 5>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 18: AddingTile<12, 6>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 19: AddingTile<12, 7>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 20: AddingTile<12, 8>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 21: AddingTile<12, 9>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 22: AddingTile<12, 10>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        case 23: AddingTile<12, 11>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        default: AddingTile<12, 12>.run(one, high, two, low, weights, stride, count, sums, tile, apart)
+        }
+        first &+= high &+ low
+      #else
+        for row in Swift.stride(from: 0, to: high, by: 6) {
+          let a = one + row &* 16
+          let from = sums + (first &+ row) &* 16
+          let to = tile + (first &+ row) &* apart
+          switch high &- row {
+          case 1: AddingTile<1, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          case 2: AddingTile<2, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          case 3: AddingTile<3, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          case 4: AddingTile<4, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          case 5: AddingTile<5, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          default: AddingTile<6, 0>.run(a, high, a, 0, weights, stride, count, from, to, apart)
+          }
+        }
+        first &+= high
+      #endif
+    }
+  }
+}
+
+/// A rows of one panel and B of the next × 16 columns, added to from the rows of a matrix where they stand.
+private enum AddingTile<let A: Int, let B: Int> {
+  @inline(never)
+  static func run(
+    _ one: UnsafePointer<Float>, _ high: Int, _ two: UnsafePointer<Float>, _ low: Int, _ weights: UnsafePointer<Float>,
+    _ stride: Int, _ count: Int, _ sums: UnsafePointer<Float>, _ tile: UnsafeMutablePointer<Float>, _ apart: Int
+  ) {
+    var sums0 = InlineArray<A, Vector> { sums.vector(at: $0 &* 16) }
+    var sums1 = InlineArray<B, Vector> { sums.vector(at: (A &+ $0) &* 16) }
+    var (a, b, w) = (one, two, weights)
+    var left = count
+    while left > 0 {
+      for k in 0..<min(16, left) {
+        let column = w.vector()
+        hint_read_later(w + 16)
+        w += stride
+        for i in 0..<A { sums0[unchecked: i].addProduct(Vector(repeating: a[i &* 16 &+ k]), column) }
+        for i in 0..<B { sums1[unchecked: i].addProduct(Vector(repeating: b[i &* 16 &+ k]), column) }
+      }
+      a += high &* 16
+      b += low &* 16
+      left &-= 16
+    }
+    for i in 0..<A { tile.store(sums0[unchecked: i], at: i &* apart) }
+    for i in 0..<B { tile.store(sums1[unchecked: i], at: (A &+ i) &* apart) }
   }
 }
 

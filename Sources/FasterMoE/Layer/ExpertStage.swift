@@ -222,14 +222,15 @@ extension PassContext {
     let share = 1 / Float(layer.group.size)
     let slot = workspace.slot(index, row: Int(block.row))
     let rows = Int(block.rows)
+    let writes = writesGradients && block.previous < 0
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
       piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
     }
     if part < PassContext.pieces(d) {
       let outputs = range(part, d)
-      addOuter(slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h)
+      addOuter(slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h, writes)
       if let bias = grads.outwardBias {
-        addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias)
+        addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias, writes)
       }
     } else {
       let (matrix, piece) = (part - PassContext.pieces(d)).quotientAndRemainder(dividingBy: PassContext.pieces(h))
@@ -237,8 +238,8 @@ extension PassContext {
       let units = range(piece, h)
       addOuter(
         inner, units, slot.tokens, rows: rows, times: share, to: matrix == 0 ? grads.inward : grads.inwardLinear!,
-        stride: d)
-      if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias) }
+        stride: d, writes)
+      if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias, writes) }
     }
   }
 

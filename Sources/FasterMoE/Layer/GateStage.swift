@@ -83,7 +83,7 @@ extension PassContext {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
         addOuter(
           store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
-          to: layer.gradients.gate + column, stride: d)
+          to: layer.gradients.gate + column, stride: d, false)
         task += 1
       }
     }

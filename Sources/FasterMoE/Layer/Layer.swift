@@ -26,6 +26,8 @@ package final class Layer {
   /// From AdamW's first step on, or from a file that has them.
   var moments: Moments?
   private let zeroing: Zeroing
+  /// Whether the experts' gradients are 0, whatever their memory holds: the next backward writes instead of adding.
+  private var gradientsBegin = false
   /// Passes whose batch is done; their memory serves the next ones.
   private var idle: [Pass] = []
 
@@ -148,13 +150,41 @@ package final class Layer {
   }
 
   package var valueTensors: Tensors { Layer.tensors(values) }
-  package var gradientTensors: Tensors { Layer.tensors(gradients) }
+  package var gradientTensors: Tensors {
+    settleGradients()
+    return Layer.tensors(gradients)
+  }
 
-  package func zeroGradients() { group.team.run(zeroing) }
+  package func zeroGradients() {
+    group.team.run(zeroing)
+    gradientsBegin = false
+  }
+
+  /// As `zeroGradients`, but leaves the writing to the next backward.
+  package func beginGradients() {
+    gradients.gate.update(repeating: 0, count: columns * shape.model)
+    gradientsBegin = true
+  }
+
+  /// Makes the memory of gradients hold what they are.
+  func settleGradients() { if gradientsBegin { zeroGradients() } }
+
+  /// Whether a backward that is about to run may write the gradients of experts: from then on they are there.
+  /// `computes` says which experts it has rows for; those of the others become 0.
+  func takeBegunGradients(where computes: (Int) -> Bool) -> Bool {
+    guard gradientsBegin else { return false }
+    gradientsBegin = false
+    for expert in 0..<owned.count where !computes(expert) {
+      let tensors = ExpertTensors(gradients, expert, shape)
+      tensors.forEach(with: tensors, shape) { tensor, _, count in tensor.update(repeating: 0, count: count) }
+    }
+    return true
+  }
 
   /// Makes every gradient that of the mean over workers of their losses, which the experts' are from backward on.
   package func reduceGradients() throws(Failure) {
     try group.agree(.reduce, nil, same: [UInt64(number), 0, 0, 0, 0, 0, 0, 0])
+    settleGradients()
     guard group.size > 1 else { return }
     let count = columns * shape.model
     try group.peers.sum(gradients.gate, count: count)

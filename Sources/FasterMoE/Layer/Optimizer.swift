@@ -6,16 +6,20 @@ extension Layer {
     let how: AdamW
     let decaying: Decaying
     let used: AdamW.Gradients
+    /// Whether the next backward writes gradients.
+    let beginsGradients: Bool
 
-    package init(_ how: AdamW, decaying: Decaying, used: AdamW.Gradients) {
-      (self.how, self.decaying, self.used) = (how, decaying, used)
+    package init(_ how: AdamW, decaying: Decaying, used: AdamW.Gradients, beginsGradients: Bool = false) {
+      (self.how, self.decaying, self.used, self.beginsGradients) = (how, decaying, used, beginsGradients)
     }
   }
 
   /// A step of AdamW on this rank's parameters by its gradients; the first one takes memory for what is remembered.
   package func adamw(_ update: Update) throws(Failure) {
     if moments == nil { moments = try fresh() }
+    settleGradients()
     moments!.step(update, on: group.team)
+    if update.beginsGradients { beginGradients() }
   }
 
   /// Moments as before the first step.

@@ -234,6 +234,9 @@ package final class Pass: TeamWork {
     wasReady = .now
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
     recordMeeting(.meetBackward)
+    // To a shadowed expert's gradients others add, in no order that this pass knows.
+    if !shadows.isEmpty { layer!.settleGradients() }
+    writesGradients = layer!.takeBegunGradients { inbox.latest[$0] >= 0 }
     run(.clearCopyGrads, shadows.count)
     try throughExperts(plan.backward, send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     try gatherCopyGrads()
@@ -254,6 +257,7 @@ package final class Pass: TeamWork {
 
   private var output: UnsafeMutablePointer<Float>?
   var gradOutput: UnsafePointer<Float>?
+  private var writesGradients = false
   private var gradTokens: UnsafeMutablePointer<Float>?
 
   /// All ranks have come since this one was ready.
@@ -273,7 +277,8 @@ package final class Pass: TeamWork {
     let context = PassContext(
       thread: thread, team: team, layer: layer, store: store, inbox: inbox, journey: journey,
       workspace: workspace, desk: workspace.desk(thread), lane: recording.lane(thread), tokens: tokens, count: count,
-      firstToken: firstToken, noise: isTraining && layer.rule.isNoisy ? random : nil)
+      firstToken: firstToken, writesGradients: writesGradients,
+      noise: isTraining && layer.rule.isNoisy ? random : nil)
     let start = Seconds.now
     switch job {
     case .gate: context.chooseExperts()
@@ -335,6 +340,8 @@ struct PassContext {
   let tokens: UnsafePointer<Float>!
   let count: Int
   let firstToken: Int
+  /// Whether an expert's first block writes its gradients instead of adding to them.
+  let writesGradients: Bool
   /// Where noise is drawn from, if the gate has any in this pass.
   let noise: RandomStream?
 

@@ -1,3 +1,5 @@
+import CHints
+
 /// What the stages are made of: products tile by tile, sums over rows, and rows summed for tokens.
 extension PassContext {
   // MARK: Products
@@ -30,6 +32,9 @@ extension PassContext {
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
   ) {
+    if rows <= FewRows.mostAdded, product.factor.matrixInPlace != nil {
+      return forEachTileInPlace(rows, product, second, body)
+    }
     let panels = Panels.count(rows)
     let few = rows <= FewRows.most && product.factor.rowsInPlace(0) != nil
     if few {
@@ -57,45 +62,83 @@ extension PassContext {
     }
   }
 
-  // MARK: Sums over rows
-
-  /// gradient [left width, stride] += share · leftᵀ·right over `rows`, for the columns of `left` in `range`.
-  func addOuter(
-    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, times share: Float,
-    to gradient: UnsafeMutablePointer<Float>,
-    stride: Int
+  /// The same for few rows and a matrix whose rows are added up: some of its rows at a time, read from end to end.
+  @inline(__always)
+  private func forEachTileInPlace(
+    _ rows: Int, _ product: Product, _ second: Product?,
+    _ body: (
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
+    ) -> Void
   ) {
-    // The right blocks of one round stay in the first caches while the left columns stream by.
-    var block = 0
-    while block < right.blocks {
-      let blocks = min(Tiles.outerBlocks, right.blocks - block)
-      var column = range.lowerBound
-      while column < range.upperBound {
-        Prefetch.write(
-          gradient + column * stride + block * 16, stride: stride,
-          rows: min(Tiles.outerRows, range.upperBound - column),
-          columns: blocks * 16)
-        Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
-        for i in 0..<min(Tiles.outerRows, range.upperBound - column) {
-          let row = gradient + (column + i) * stride
-          for j in 0..<blocks {
-            let at = (block + j) * 16
-            let width = min(16, right.width - at)
-            let sum = desk.tile.vector(at: (i * blocks + j) * 16).times(
-              Vector(repeating: share), plus: row.vector(at: at, first: width))
-            row.store(sum, at: at, first: width)
-          }
+    let (depth, columns) = (product.factor.depth, product.factor.columns)
+    product.fewRows.update(repeating: 0, count: rows * columns)
+    second?.fewRows.update(repeating: 0, count: rows * columns)
+    for from in stride(from: 0, to: depth, by: FewRows.depth) {
+      let isLast = from + FewRows.depth >= depth
+      for column in stride(from: 0, to: columns, by: Strip.width) {
+        product.add(rows, from, column, intoTile: isLast)
+        second?.add(rows, from, column, intoTile: isLast)
+        guard isLast else { continue }
+        Panels.forEach(rows: rows) { row, high in
+          let shift = row * Strip.width
+          body(column, row, high, product.tile + shift, (second ?? product).tile + shift)
         }
-        column += Tiles.outerRows
       }
-      block += blocks
     }
   }
 
-  /// sums [width] += share · Σ over `rows` of the columns in `range`, each row times its scale.
+  // MARK: Sums over rows
+
+  /// gradient [left width, stride] += share · leftᵀ·right over `rows`, for the columns of `left` in `range`; or = where it
+  /// `writes`.
+  func addOuter(
+    _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, times share: Float,
+    to gradient: UnsafeMutablePointer<Float>, stride: Int, _ writes: Bool
+  ) {
+    // What is written is not read soon: it need not pass through the caches, where it would first be read.
+    let streams = writes && stride % 16 == 0 && UInt(bitPattern: gradient) % 64 == 0
+    func add(_ block: Int, _ column: Int) {
+      let blocks = min(Tiles.outerBlocks, right.blocks - block)
+      let columns = min(Tiles.outerRows, range.upperBound - column)
+      let first = gradient + (column * stride + block * 16)
+      if !writes { Prefetch.write(first, stride: stride, rows: columns, columns: blocks * 16) }
+      Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
+      for i in 0..<columns {
+        let row = first + i * stride
+        for j in 0..<blocks {
+          let sum = desk.tile.vector(at: (i * blocks + j) * 16)
+          if streams {
+            hint_write_past(row + j * 16, sum.times(Vector(repeating: share), plus: Vector.zero))
+          } else {
+            let width = min(16, right.width - (block + j) * 16)
+            let before = writes ? Vector.zero : row.vector(at: j * 16, first: width)
+            row.store(sum.times(Vector(repeating: share), plus: before), at: j * 16, first: width)
+          }
+        }
+      }
+    }
+    if rows <= PassContext.fewRowsOuter {
+      // The right factor is small, and a gradient's rows are walked from end to end.
+      for column in Swift.stride(from: range.lowerBound, to: range.upperBound, by: Tiles.outerRows) {
+        for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) { add(block, column) }
+      }
+    } else {
+      // The right blocks of one round stay in the first caches while the left columns stream by.
+      for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) {
+        for column in Swift.stride(from: range.lowerBound, to: range.upperBound, by: Tiles.outerRows) {
+          add(block, column)
+        }
+      }
+    }
+    if streams { hint_written_past() }
+  }
+
+  private static var fewRowsOuter: Int { 48 }
+
+  /// sums [width] += share · Σ over `rows` of the columns in `range`, each row times its scale; or =.
   func addSums(
     _ panels: Panels, _ range: Range<Int>, rows: Int, scales: UnsafePointer<Float>?, times share: Float,
-    to sums: UnsafeMutablePointer<Float>
+    to sums: UnsafeMutablePointer<Float>, _ writes: Bool
   ) {
     for column in stride(from: range.lowerBound, to: range.upperBound, by: 16) {
       var sum = Vector.zero
@@ -110,8 +153,8 @@ extension PassContext {
         }
       }
       let width = min(16, panels.width - column)
-      sums.store(
-        sum.times(Vector(repeating: share), plus: sums.vector(at: column, first: width)), at: column, first: width)
+      let before = writes ? Vector.zero : sums.vector(at: column, first: width)
+      sums.store(sum.times(Vector(repeating: share), plus: before), at: column, first: width)
     }
   }
 
@@ -181,6 +224,18 @@ extension PassContext.Product {
     FewRows.product(
       left, rows: rows, weights: high, depth: factor.depth, scratch: fewRows, into: tile + FewRows.columns)
     return true
+  }
+
+  /// Adds what some rows of the matrix give to 32 columns of all rows, which stand side by side until they are whole.
+  @inline(__always)
+  fileprivate func add(_ rows: Int, _ from: Int, _ column: Int, intoTile isLast: Bool) {
+    for half in stride(from: column, to: min(column + Strip.width, factor.columns), by: 16) {
+      let sums = fewRows + half * rows
+      FewRows.add(
+        left, rows: rows, from: from, count: min(FewRows.depth, factor.depth - from),
+        weights: factor.matrixInPlace! + (from * factor.columns + half), stride: factor.columns,
+        to: sums, into: isLast ? tile + (half - column) : sums, apart: isLast ? Strip.width : 16)
+    }
   }
 
   /// Makes the tile of one panel with the packed strip, asking meanwhile for a share of the next one.
