@@ -102,7 +102,7 @@ static double read_bandwidth(int threads) {
 }
 
 static float *square[3];
-static double sgemm_rate(int threads) {
+static inline double sgemm_rate(int threads) {
   enum { size = 4096 };
   if (!square[0])
     for (int m = 0; m < 3; m++) {

@@ -55,6 +55,7 @@ int main(int argc, char **argv) {
   }
   FILE *out = csv ? fopen(csv, "w") : NULL;
   if (csv && !out) return perror(csv), 1;
+  const double peak = fma_peak(threads), bandwidth = read_bandwidth(threads), weights = 8.0 * (double)(E * d * h);
   fmoe_group_options options = {.struct_size = sizeof options, .threads = threads};
   fmoe_layer_options layer_options = FMOE_LAYER_OPTIONS_INIT;
   layer_options.d_model = d, layer_options.d_hidden = h, layer_options.experts = E, layer_options.top_k = 1;
@@ -66,7 +67,6 @@ int main(int argc, char **argv) {
   int32_t *choices = calloc((size_t)(128 * E), sizeof *choices);
   for (int64_t i = 0; i < 128 * E; i++) choices[i] = (int32_t)(i % E), ones[i] = 1;
   for (int64_t i = 0; i < 128 * E * d; i++) x[i] = uniform();
-  double peak = fma_peak(threads), bandwidth = read_bandwidth(threads), weights = 8.0 * (double)(E * d * h);
   printf("d %ld, h %ld, E %ld, %d threads; FMA peak %.0f GFLOP/s, reading %.1f GB/s\n", d, h, E, threads, peak * 1e-9,
          bandwidth * 1e-9);
   printf("%5s  %9s %9s %9s %7s  %9s %9s %9s\n", "rows", "forward", "OpenBLAS", "limit", "GB/s", "backward", "OpenBLAS", "limit");

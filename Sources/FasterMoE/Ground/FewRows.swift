@@ -16,6 +16,9 @@ package enum FewRows {
   /// Up to here weights are turned in registers; above, rows stand side by side and weights are broadcast.
   private static let mostTurnedInRegisters = 4
 
+  /// How many of `rows` rows, the last ones, meet turned weights: too few for registers of 16.
+  private static func turned(_ rows: Int) -> Int { rows % 16 <= mostTurnedInRegisters ? rows % 16 : 0 }
+
   /// Scratch floats for rows of `depth`.
   package static func scratch(depth: Int) -> Int { depth * max(most, mostAdded) + columns * 32 }
 
@@ -24,17 +27,18 @@ package enum FewRows {
 
   /// Puts `rows` rows of `left` side by side in `scratch` for the products to come.
   package static func prepare(_ left: Panels, rows: Int, scratch: UnsafeMutablePointer<Float>) {
-    guard rows > mostTurnedInRegisters else { return }
-    let lanes = lanes(rows)
+    let beside = rows - turned(rows)
+    guard beside > 0 else { return }
+    let lanes = lanes(beside)
     for block in 0..<left.blocks {
       let depth = min(16, left.width - block * 16)
       Panels.forEach(rows: rows) { first, high in
         let from = left.panel(first) + block * high * 16
-        for i in 0..<high {
+        for i in 0..<max(0, min(high, beside - first)) {
           for k in 0..<depth { scratch[(block * 16 + k) * lanes + first + i] = from[i * 16 + k] }
         }
       }
-      for row in rows..<lanes {
+      for row in beside..<lanes {
         for k in 0..<depth { scratch[(block * 16 + k) * lanes + row] = 0 }
       }
     }
@@ -47,12 +51,21 @@ package enum FewRows {
     _ left: Panels, rows: Int, weights: UnsafePointer<Float>, depth: Int, scratch: UnsafeMutablePointer<Float>,
     into tile: UnsafeMutablePointer<Float>
   ) {
-    switch rows {
-    case 1: TurningTile<1>.run(left, weights, depth, tile)
-    case 2: TurningTile<2>.run(left, weights, depth, tile)
-    case 3: TurningTile<3>.run(left, weights, depth, tile)
-    case 4: TurningTile<4>.run(left, weights, depth, tile)
-    default: broadcast(rows: rows, weights, depth, scratch, tile)
+    let turned = turned(rows)
+    let first = rows - turned
+    if first > 0 { broadcast(rows: first, weights, depth, scratch, tile) }
+    // The last rows stand in one panel, `high` rows high, some rows down.
+    let panel = first / Panels.height * Panels.height
+    let high = min(Panels.height, rows - panel)
+    let last = left.panel(panel) + (first - panel) * 16
+    let to = tile + first * 32
+    switch turned {
+    case 0: break
+    // The compiler makes single floats of a tile of one row: that row twice is faster.
+    case 1: TurningTile<2>.run(last, 0, high * 16, weights, depth, to, 0)
+    case 2: TurningTile<2>.run(last, 16, high * 16, weights, depth, to, 32)
+    case 3: TurningTile<3>.run(last, 16, high * 16, weights, depth, to, 32)
+    default: TurningTile<4>.run(last, 16, high * 16, weights, depth, to, 32)
     }
   }
 
@@ -224,9 +237,12 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
     let width = V.scalarCount
     var x = side
     var w = weights
+    var next = weights + ahead
     var left = depth
     while left > 0 {
-      for i in 0..<M { hint_read_later(w + (i &* depth &+ ahead)) }
+      // In the order in which they stand in memory, which the processor foresees and goes on with.
+      for i in 0..<M { hint_read_later(next + i &* 16) }
+      next += M &* 16
       for k in 0..<min(16, left) {
         let x0 = UnsafeRawPointer(x).loadUnaligned(as: V.self)
         let x1 = N > 1 ? UnsafeRawPointer(x + width).loadUnaligned(as: V.self) : .zero
@@ -253,30 +269,31 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
 
 /// M rows × 16 weight rows, whose 16 × 16 blocks are turned on their way into the multiplications.
 private enum TurningTile<let M: Int> {
+  /// Rows are `apart` floats apart, their blocks of 16 columns `step`.
   @inline(never)
   static func run(
-    _ left: Panels, _ weights: UnsafePointer<Float>, _ depth: Int, _ tile: UnsafeMutablePointer<Float>
+    _ rows: UnsafePointer<Float>, _ apart: Int, _ step: Int, _ weights: UnsafePointer<Float>, _ depth: Int,
+    _ tile: UnsafeMutablePointer<Float>, _ tilesApart: Int
   ) {
     var chains = InlineArray<M, Vector>(repeating: .zero)
-    let rows = left.panel(0)
+    var a = rows
     var k = 0
     while k &+ 16 <= depth {
-      for i in 0..<16 { hint_read_later(weights + ((i &+ 16) &* depth &+ k)) }
+      for i in 0..<16 { hint_read_later(weights + (16 &* depth &+ 16 &* (k &+ i))) }
       let turned = transposed(weights + k, stride: depth)
-      let a = rows + k &* M
-      for step in 0..<16 {
+      for column in 0..<16 {
         for i in 0..<M {
-          chains[unchecked: i].addProduct(Vector(repeating: a[i &* 16 &+ step]), turned[unchecked: step])
+          chains[unchecked: i].addProduct(Vector(repeating: a[i &* apart &+ column]), turned[unchecked: column])
         }
       }
+      a += step
       k &+= 16
     }
-    let a = rows + k &* M
-    for step in 0..<depth &- k {
-      var column = Vector.zero
-      for lane in 0..<16 { column[lane] = weights[lane &* depth &+ k &+ step] }
-      for i in 0..<M { chains[unchecked: i].addProduct(Vector(repeating: a[i &* 16 &+ step]), column) }
+    for column in 0..<depth &- k {
+      var weight = Vector.zero
+      for lane in 0..<16 { weight[lane] = weights[lane &* depth &+ k &+ column] }
+      for i in 0..<M { chains[unchecked: i].addProduct(Vector(repeating: a[i &* apart &+ column]), weight) }
     }
-    for i in 0..<M { tile.store(chains[unchecked: i], at: i &* 32) }
+    for i in 0..<M { tile.store(chains[unchecked: i], at: i &* tilesApart) }
   }
 }
