@@ -19,7 +19,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test bench bench-adamw bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -105,6 +105,13 @@ bench: packages-bench stage
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/plan.c -o $(OUT)/plan \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm
 	$(OUT)/plan
+
+# An expert's speed by its rows, beside OpenBLAS and the limit: a table and a plot for one thread and for all.
+bench-rows: packages-bench stage
+	gcc -std=gnu11 -O3 -march=native -Wall -Wextra Benchmarks/rows.c -o $(OUT)/rows \
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe openblas) -Wl,-rpath,$(STAGE)/lib -lm -pthread
+	$(OUT)/rows --csv $(OUT)/rows.csv --svg $(OUT)/rows.svg
+	$(OUT)/rows --threads 2 --csv $(OUT)/rows-2.csv --svg $(OUT)/rows-2.svg
 
 # AdamW beside loops that move the same bytes.
 bench-adamw: packages-build stage

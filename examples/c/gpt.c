@@ -269,7 +269,8 @@ fmoe_status gpt_update(gpt *model, const adamw *how, double *norm) {
   }
   double length = sqrt(squares + experts);
   adamw_step(model->crew, model->tensors, model->tensor_count, how, length, ++model->updates);
-  fmoe_adamw_options experts_too = {.struct_size = sizeof experts_too, .zero_gradients = 1, .learning_rate = how->rate,
+  /* 2: what gradients hold is not needed any more, and the next backward writes them. */
+  fmoe_adamw_options experts_too = {.struct_size = sizeof experts_too, .zero_gradients = 2, .learning_rate = how->rate,
                                     .beta1 = how->beta1, .beta2 = how->beta2, .epsilon = how->epsilon,
                                     .weight_decay = how->decay};
   experts_too.gradient_scale = how->clip > 0 && length > how->clip ? how->clip / length : 1;
