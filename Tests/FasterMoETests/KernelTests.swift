@@ -95,11 +95,13 @@ struct Numbers {
         defer { withExtendedLifetime((left, right)) {} }
         let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
         defer { tile.deallocate() }
-        for column in stride(from: 0, to: leftWidth, by: Tiles.outerRows) {
+        var column = 0
+        while column < leftWidth {
+          defer { column += Tiles.outerRows(at: column) }
           for block in 0..<right.panels.blocks {
             for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
               Tiles.outer(left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, into: tile)
-              for i in 0..<min(Tiles.outerRows, leftWidth - column) {
+              for i in 0..<min(Tiles.outerRows(at: column), leftWidth - column) {
                 for c in 0..<min(blocks * 16, rightWidth - block * 16) {
                   let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }
                   #expect(abs(Double(tile[i * blocks * 16 + c]) - exact) <= Self.bound(terms: rows))

@@ -59,16 +59,20 @@ package enum Tiles {
     }
   #endif
 
+  /// Rows and column blocks of the largest tile of `outer`: with AVX-512 8 × 3 sums, three columns and a broadcast; with AVX2
+  /// 6 × 1 of two registers each.
   #if WIDE_VECTORS
-    /// Rows and column blocks of a tile of `outer`: 8 × 3 sums, three columns and a broadcast.
     static let outerRows = 8, outerBlocks = 3
   #else
-    static let outerRows = 4, outerBlocks = 1
+    static let outerRows = 6, outerBlocks = 1
   #endif
 
-  /// tile [outerRows, blocks·16] = Σ over `rows` of left[row, from..<from + outerRows]ᵀ · right[row, blocks].
+  /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
+  @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }
+
+  /// tile [outerRows(at: from), blocks·16] = Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks].
   ///
-  /// Both factors are panels of the same rows; `from` is a column of `left`, a multiple of outerRows, `block` one of
+  /// Both factors are panels of the same rows; `from` is a column of `left` where a tile begins, `block` one of
   /// `right`'s blocks, of which `blocks` (1...outerBlocks) are taken.
   @inline(__always)
   static func outer(
@@ -82,7 +86,11 @@ package enum Tiles {
       default: OuterTile<8, 1>.run(left, column, right, block, rows, tile)
       }
     #else
-      OuterTile<4, 1>.run(left, column, right, block, rows, tile)
+      if outerRows(at: column) == 6 {
+        OuterTile<6, 1>.run(left, column, right, block, rows, tile)
+      } else {
+        OuterTile<4, 1>.run(left, column, right, block, rows, tile)
+      }
     #endif
   }
 }

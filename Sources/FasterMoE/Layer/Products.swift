@@ -97,9 +97,9 @@ extension PassContext {
   ) {
     // What is written is not read soon: it need not pass through the caches, where it would first be read.
     let streams = writes && stride % 16 == 0 && UInt(bitPattern: gradient) % 64 == 0
-    func add(_ block: Int, _ column: Int) {
+    @discardableResult func add(_ block: Int, _ column: Int) -> Int {
       let blocks = min(Tiles.outerBlocks, right.blocks - block)
-      let columns = min(Tiles.outerRows, range.upperBound - column)
+      let columns = min(Tiles.outerRows(at: column), range.upperBound - column)
       let first = gradient + (column * stride + block * 16)
       if !writes { Prefetch.write(first, stride: stride, rows: columns, columns: blocks * 16) }
       Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
@@ -116,18 +116,20 @@ extension PassContext {
           }
         }
       }
+      return columns
     }
     if rows <= PassContext.fewRowsOuter {
       // The right factor is small, and a gradient's rows are walked from end to end.
-      for column in Swift.stride(from: range.lowerBound, to: range.upperBound, by: Tiles.outerRows) {
+      var column = range.lowerBound
+      while column < range.upperBound {
         for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) { add(block, column) }
+        column += Tiles.outerRows(at: column)
       }
     } else {
       // The right blocks of one round stay in the first caches while the left columns stream by.
       for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) {
-        for column in Swift.stride(from: range.lowerBound, to: range.upperBound, by: Tiles.outerRows) {
-          add(block, column)
-        }
+        var column = range.lowerBound
+        while column < range.upperBound { column += add(block, column) }
       }
     }
     if streams { hint_written_past() }
