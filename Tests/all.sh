@@ -14,7 +14,7 @@ step() {
   if "$@" >"$log" 2>&1; then
     passed=$((passed + 1))
     printf 'ok      %s (%d s)\n' "$name" $((SECONDS - start))
-    grep -hE '[0-9]+ passed, [0-9]+ failed|Test run with' "$log" | sed 's/^/          /'
+    grep -hE '[0-9]+ passed, [0-9]+ failed|Test run with|[0-9]+ inputs, ' "$log" | sed 's/^/          /'
   else
     failed=$((failed + 1))
     printf 'FAILED  %s (%d s)\n' "$name" $((SECONDS - start))
@@ -34,6 +34,8 @@ thread_sanitizer() {
 }
 
 c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" "$1"; }
+
+fuzzers() { make --no-print-directory fuzz SECONDS="$1"; }
 
 # The examples as a user builds them: pkg-config and nothing else.
 examples() {
@@ -146,6 +148,7 @@ step "thread sanitizer" thread_sanitizer "$base"
 step "C and C++ interface, gcc and clang" c_interface test
 step "C interface under valgrind" c_interface valgrind
 step "C interface under the address sanitizer" c_interface asan
+step "fuzzers, address sanitizer in the library" fuzzers 10
 step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
 step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
 step "training by 1, 2 and 4 workers" workers_agree

@@ -140,11 +140,11 @@ final class Calibrator {
 extension Peers {
   /// Every rank's value, in the order of ranks.
   func gathered<Value: BitwiseCopyable>(_ own: Value) throws(Failure) -> [Value] {
-    var own = own
     var all = [Value](repeating: own, count: size)
     let failed = all.withUnsafeMutableBytes { all in
       failure { () throws(Failure) in
-        try gather(&own, bytes: MemoryLayout<Value>.stride, into: all.baseAddress!, from: .call)
+        let stride = MemoryLayout<Value>.stride
+        try gather(all.baseAddress! + rank * stride, bytes: stride, into: all.baseAddress!, from: .call)
       }
     }
     if let failed { throw failed }

@@ -42,9 +42,10 @@ package struct Notice: BitwiseCopyable {
     _ call: Call, _ own: Failure?, same: Same = .init(repeating: 0), words: Words = Words(),
     from entrance: Entrance = .host, with peers: any Peers, into all: UnsafeMutablePointer<Notice>
   ) throws(Failure) {
-    var notice = Notice(call: call.rawValue, hasFailed: own == nil ? 0 : 1, same: same, words: words)
+    // In its place, where there are as many bytes behind it as an element of an array has.
+    all[peers.rank] = Notice(call: call.rawValue, hasFailed: own == nil ? 0 : 1, same: same, words: words)
     do throws(Failure) {
-      try peers.gather(&notice, bytes: MemoryLayout<Notice>.stride, into: all, from: entrance)
+      try peers.gather(all + peers.rank, bytes: MemoryLayout<Notice>.stride, into: all, from: entrance)
     } catch {
       throw own ?? error
     }
