@@ -19,7 +19,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test fuzz fuzz-library faults bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -92,10 +92,16 @@ test: packages-test stage
 	Tests/all.sh $(STAGE)
 
 # Fuzzers, SECONDS each, by the compiler that comes with Swift: Tests/Fuzz. FUZZERS="calls plans" names some of them.
-fuzz: packages-build
-	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/fuzz -Xswiftc -sanitize=address \
-	  -Xswiftc -sanitize-coverage=edge,trace-cmp,inline-8bit-counters,pc-table
+fuzz: fuzz-library
 	$(MAKE) --no-print-directory -C Tests/Fuzz
+
+fuzz-library: packages-build
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \
+	  -Xswiftc -sanitize-coverage=edge,trace-cmp,inline-8bit-counters,pc-table
+
+# Everything that can be made to fail, made to fail; some minutes. Prints a table.
+faults: packages-test stage fuzz-library
+	Tests/faults.sh $(STAGE)
 
 BENCH ?= --json $(OUT)/bench.json
 bench: packages-bench stage

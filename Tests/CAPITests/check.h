@@ -36,6 +36,14 @@ static inline int expect(fmoe_status expected, fmoe_status other, fmoe_status go
 #define EXPECT(expected, call) expect(expected, expected, call, #call, __FILE__, __LINE__)
 #define EXPECT_EITHER(expected, other, call) expect(expected, other, call, #call, __FILE__, __LINE__)
 
+/* For the table of a fault campaign (Tests/faults.sh): what was injected and how often, and what was seen each time but
+ * for what failed since the last such line. */
+static inline void injected(const char *what, long long times, const char *seen) {
+  static int before;
+  printf("injected | %s | %lld | %s | %d\n", what, times, seen, failed - before);
+  before = failed;
+}
+
 static inline int summary(void) {
   printf("%d passed, %d failed\n", passed, failed);
   fflush(stdout); /* a sanitizer may end the process before the C library does it */

@@ -166,7 +166,7 @@ static void test_any_workers(int32_t of_gate) {
     for (int steps = 0; steps < 4; steps += 3) {
       bytes first = {0};
       for (int w = 0; w < 6; w++) {
-        begin_test("any workers", 60);
+        begin_test("any workers", 300);
         trip t = {.path = in_folder("a"), .again = in_folder("b"), .activation = activation, .steps = steps};
         crew *c = crew_of(1 << w % 3, w / 3);
         crew_run(c, write_layer, &t), crew_destroy(c);
@@ -289,10 +289,12 @@ static void test_noise(void) {
 
 static int is_tiny; /* the layer is test_files_of_others's */
 
+static long long refused_files;
+
 static void refuse_file(fmoe_layer *layer, const void *data, size_t size, const char *words) {
   const char *path = in_folder("altered");
   uint64_t before = is_tiny ? values_of_sizes(layer, 1, 2, 1) : values_of(layer);
-  spit(path, data, size);
+  spit(path, data, size), refused_files++;
   if (!EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(layer, path))) return;
   CHECK(strstr(fmoe_last_error(), path) && strstr(fmoe_last_error(), words), "\"%s\" without \"%s\"", fmoe_last_error(), words);
   CHECK((is_tiny ? values_of_sizes(layer, 1, 2, 1) : values_of(layer)) == before, "a refused file changes nothing");
@@ -331,6 +333,7 @@ static void test_altered(void) {
   spit(in_folder("altered"), longer, file.size);
   EXPECT(FMOE_OK, fmoe_layer_load(layer, in_folder("altered")));
   CHECK(values_of(layer) == values_of(writer), "unaltered it is fine");
+  injected("a file altered in one byte, each byte, or cut off", refused_files, "FMOE_ERROR_FILE, what is wrong by name; the layer as it was");
   free(longer), free(file.data);
   fmoe_layer_destroy(writer), fmoe_layer_destroy(layer);
   unlink(in_folder("a")), unlink(in_folder("altered"));
@@ -459,13 +462,6 @@ static void test_paths(void) {
   CHECK(!chdir(folder), "%d", errno); /* a path without a folder */
   EXPECT(FMOE_OK, fmoe_layer_save(layer, "plain"));
   EXPECT(FMOE_OK, fmoe_layer_load(layer, "plain"));
-  if (geteuid() != 0) { /* root may read and write everything */
-    chmod("plain", 0);
-    EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(layer, "plain"));
-    chmod(folder, 0500);
-    EXPECT(FMOE_ERROR_FILE, fmoe_layer_save(layer, "plain"));
-    chmod(folder, 0700);
-  }
   unlink("plain");
   CHECK(!chdir("/") && entries(folder) == 0, "no draft is left behind");
   fmoe_layer_destroy(layer);
@@ -519,6 +515,7 @@ static void with_limit(void) {
     fill_disk(in_folder("full"));
   }
   CHECK(entries(folder) == 1, "no draft is left behind");
+  injected("a file that may not become longer than so many bytes", 11, "FMOE_ERROR_FILE; the old file, no draft");
   fmoe_layer_destroy(old);
 }
 
@@ -533,8 +530,30 @@ static void on_small_disk(void) {
   EXPECT(FMOE_OK, fmoe_layer_save(old, path)); /* 1.3 MB: there is no room for another one */
   fill_disk(path);
   CHECK(entries(folder) == 1, "no draft is left behind");
+  injected("a full disk", 1, "FMOE_ERROR_FILE; the old file, no draft");
+  CHECK(!mount("none", folder, NULL, MS_REMOUNT | MS_RDONLY, "size=2m"), "%d", errno);
+  fill_disk(path);
+  injected("a file system that can only be read", 1, "FMOE_ERROR_FILE; the old file");
   fmoe_layer_destroy(old);
   CHECK(!umount(folder), "%d", errno);
+}
+
+/* As somebody who may neither read one file nor write into the folder of another. */
+static void as_nobody(void) {
+  const char *shut = in_folder("shut"), *kept = in_folder("shut/kept"), *secret = in_folder("shut/secret");
+  fmoe_layer *old = large(1), *new = large(2), *seen = large(3);
+  CHECK(!mkdir(shut, 0755) && !chmod(folder, 0755), "%d", errno);
+  EXPECT(FMOE_OK, fmoe_layer_save(old, kept));
+  EXPECT(FMOE_OK, fmoe_layer_save(old, secret));
+  CHECK(!chmod(kept, 0444) && !chmod(secret, 0) && !chmod(shut, 0555), "%d", errno);
+  if (geteuid() == 0) CHECK(!setuid(65534), "%d", errno);
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(seen, secret));
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_save(new, in_folder("shut/none")));
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_save(new, kept));
+  EXPECT(FMOE_OK, fmoe_layer_load(seen, kept));
+  CHECK(first_value(seen) == first_value(old) && entries(shut) == 2, "%d files", entries(shut));
+  injected("a file that may not be read, a folder that may not be written", 3, "FMOE_ERROR_FILE; the old file, no draft");
+  fmoe_layer_destroy(old), fmoe_layer_destroy(new), fmoe_layer_destroy(seen);
 }
 
 /* Whenever a process is killed, the path leads to a whole file, the old or the new one. */
@@ -542,7 +561,7 @@ static void test_killed(void) {
   const char *path = in_folder("layer");
   fmoe_layer *old = large(1), *new = large(2), *seen = large(3);
   int olds = 0, news = 0;
-  begin_test("killed", 120);
+  begin_test("killed", 600);
   for (int i = 0; i < 40; i++) {
     EXPECT(FMOE_OK, fmoe_layer_save(old, path));
     fflush(stdout);
@@ -565,7 +584,9 @@ static void test_killed(void) {
     olds += value == first_value(old), news += value == first_value(new);
   }
   CHECK(olds + news == 40, "%d old, %d new", olds, news);
-  printf("checkpoint: killed 40 times, %d old files, %d new ones, %d drafts left\n", olds, news, entries(folder) - 1);
+  char what[100];
+  snprintf(what, sizeof what, "%d whole old files, %d whole new ones, %d drafts left", olds, news, entries(folder) - 1);
+  injected("a process killed while it saves, at another time each", 40, what);
   char command[100];
   snprintf(command, sizeof command, "rm -f %s/layer*", folder);
   CHECK(system(command) == 0, "%s", command);
@@ -632,14 +653,15 @@ static void test_breakdowns(void) {
     for (int32_t culprit = 0; culprit < 2; culprit++) {
       breakdown b = {.culprit = culprit, .is_load = is_load, .happened = 1};
       for (b.start = 1; b.happened; b.start++, messages++) {
-        begin_test("breakdown", 30);
+        begin_test("breakdown", 120);
         crew *c = crew_create((crew_options){.ranks = 2, .over_mailbox = 1, .timeout = 5, .mail = {.seed = seed}});
         crew_run(c, break_down, &b), crew_destroy(c);
         EXPECT(FMOE_OK, fmoe_layer_load(seen, in_folder("kept")));
         CHECK(entries(folder) == 1, "no draft is left behind");
       }
     }
-  printf("checkpoint: a transport that broke at each of %lld messages\n", (long long)messages);
+  injected("a transport that fails at its i-th call of a save or a load, all i, 2 ranks", (long long)messages,
+           "FMOE_ERROR_PEER; a whole file, no draft");
   unlink(in_folder("kept"));
   fmoe_layer_destroy(seen);
 }
@@ -647,8 +669,10 @@ static void test_breakdowns(void) {
 int main(void) {
   if (!mkdtemp(folder)) return perror(folder), 2;
   printf("checkpoint: seed %llu\n", (unsigned long long)seed);
-  in_child(with_limit), in_child(on_small_disk);
-  unlink(in_folder("full"));
+  in_child(with_limit), in_child(on_small_disk), in_child(as_nobody);
+  char command[200];
+  snprintf(command, sizeof command, "chmod 700 %s/shut && rm -rf %s/shut %s/full", folder, folder, folder);
+  CHECK(system(command) == 0, "%s", command);
   test_format();
   test_noise();
   test_any_workers(FMOE_GATE_TOPK), test_any_workers(FMOE_GATE_NOISY);
@@ -659,7 +683,7 @@ int main(void) {
   test_paths();
   test_killed();
   for (int w = 0; w < 4; w++) {
-    begin_test("one rank fails", 60);
+    begin_test("one rank fails", 300);
     crew *c = crew_of(2 << w % 2, w / 2);
     crew_run(c, fail_in_turn, NULL), crew_destroy(c);
   }

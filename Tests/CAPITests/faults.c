@@ -456,6 +456,8 @@ static void test_silent_rank(void) {
     }
   spread_destroy(s);
   check_life_goes_on();
+  injected("a rank that does not call, in every call of a step, and calls too late", 2 * PLACES,
+           "FMOE_ERROR_TIMEOUT; nothing is written after a call has returned");
 }
 
 /* A rank never comes to the group. */
@@ -510,6 +512,7 @@ static void test_leaving_rank(void) {
     crew_destroy(c);
   }
   spread_destroy(d.s);
+  injected("a rank of threads that destroys its group while others wait", PLACES, "FMOE_ERROR_PEER at once");
 }
 
 /* From one call on, a rank's messages do not arrive, nor do messages to it; it does not know. */
@@ -537,6 +540,7 @@ static void test_dropped_messages(void) {
     crew_destroy(c);
   }
   spread_destroy(d.s);
+  injected("a rank cut off from the others, in every call of a step", PLACES, "FMOE_ERROR_TIMEOUT or FMOE_ERROR_PEER");
 }
 
 /* ---- the transport fails ------------------------------------------------------------------- */
@@ -570,9 +574,12 @@ static void run_failure(crew *c, int32_t rank, void *context) {
   leave_seat(&at);
 }
 
+static long long failures; /* that check_failure has made */
+
 static void check_failure(failure f, int32_t ranks, double timeout) {
   crew *c = crew_without_groups((crew_options){.ranks = ranks, .over_mailbox = 1, .timeout = timeout});
   double start = seconds();
+  failures++;
   crew_run(c, run_failure, &f);
   double took = seconds() - start;
   const int happened = mailbox_failed(c->mail, f.rank);
@@ -614,6 +621,8 @@ static void test_failing_transport(void) {
     for (f.ends = 1; f.ends <= ends; f.ends += 1 + ends / SILENT_POINTS) check_failure(f, ranks, silent_timeout);
     spread_destroy(f.s);
   }
+  injected("a transport that fails at its i-th call, all i, from joining to reduce, 2 and 3 ranks", failures,
+           "FMOE_ERROR_PEER or FMOE_ERROR_TIMEOUT on every rank, in time");
 }
 
 /* ---- a process dies ------------------------------------------------------------------------ */
@@ -682,9 +691,12 @@ static void check_death(death d) {
 
 static void test_dying_process(void) {
   death d = {.s = small_spread(3, GATED)};
+  int deaths = 1;
   check_death((death){.s = d.s, .place = CREATE, .victim = 1});
   for (d.place = FORWARD; d.place <= REDUCE; d.place++)
-    for (d.starts = 0; d.starts <= 3; d.starts++) d.victim = (int32_t)(d.place + d.starts) % 3, check_death(d);
+    for (d.starts = 0; d.starts <= 3; d.starts++) d.victim = (int32_t)(d.place + d.starts) % 3, check_death(d), deaths++;
+  injected("a rank's process killed, in every call of a step", deaths,
+           "FMOE_ERROR_PEER or FMOE_ERROR_TIMEOUT on the others, in time");
   spread_destroy(d.s);
 }
 
