@@ -1,5 +1,7 @@
 # FasterMoE: `make demo` installs what is missing, builds, and trains a model; `make test` runs everything that must pass.
 PREFIX   ?= /usr/local
+# Below PREFIX; Debian's is lib/x86_64-linux-gnu.
+LIBDIR   ?= lib
 DESTDIR  ?=
 VERSION   := $(shell awk '/define FMOE_VERSION_(MAJOR|MINOR|PATCH)/ {v = v s $$3; s = "."} END {print v}' include/fastermoe.h)
 SOVERSION := $(firstword $(subst ., ,$(VERSION)))
@@ -19,14 +21,14 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test fuzz fuzz-library faults deb soak bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
 # ---- what the system must have ------------------------------------------------------------------------------------
 APT_BUILD := libhwloc-dev pkg-config gcc g++ libc6-dev
 APT_MPI   := libopenmpi-dev openmpi-bin libmpich-dev mpich
-APT_TEST  := $(APT_BUILD) clang valgrind cmake $(APT_MPI) iproute2
+APT_TEST  := $(APT_BUILD) clang valgrind cmake dpkg-dev $(APT_MPI) iproute2
 APT_BENCH := $(APT_BUILD) libopenblas-dev
 apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
   if [ -n "$$missing" ]; then echo "installing:$$missing"; \
@@ -60,24 +62,24 @@ define place
 endef
 # fill PREFIX,LIBDIR,INCLUDEDIR,RPATH: a template with its names filled in.
 fill = sed -e 's|@PREFIX@|$(1)|' -e 's|@LIBDIR@|$(2)|' -e 's|@INCLUDEDIR@|$(3)|' -e 's|@RPATH@ *|$(4) |' \
-  -e 's|@VERSION@|$(VERSION)|' -e 's|@SOVERSION@|$(SOVERSION)|'
+  -e 's|@UP@|$(shell echo $(LIBDIR) | sed 's|[^/][^/]*|..|g')|' -e 's|@VERSION@|$(VERSION)|' -e 's|@SOVERSION@|$(SOVERSION)|'
 
 HEADERS := fastermoe.h fastermoe.hpp fastermoe_mpi.h
-CMAKE   := lib/cmake/FasterMoE
+CMAKE   := $(LIBDIR)/cmake/FasterMoE
 install: build
-	$(call place,$(DESTDIR)$(PREFIX)/lib)
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/$(CMAKE)
+	$(call place,$(DESTDIR)$(PREFIX)/$(LIBDIR))
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/$(CMAKE)
 	install -m 644 $(HEADERS:%=include/%) $(DESTDIR)$(PREFIX)/include
-	$(call fill,$(PREFIX),$${prefix}/lib,$${prefix}/include,) pkgconfig/fastermoe.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/fastermoe.pc
+	$(call fill,$(PREFIX),$${prefix}/$(LIBDIR),$${prefix}/include,) pkgconfig/fastermoe.pc.in > $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig/fastermoe.pc
 	for f in FasterMoEConfig FasterMoEConfigVersion; do \
 	  $(fill) pkgconfig/$$f.cmake.in > $(DESTDIR)$(PREFIX)/$(CMAKE)/$$f.cmake || exit 1; done
 	@if [ -z "$(DESTDIR)" ] && [ "$$(id -u)" = 0 ] && [ "$(PREFIX)" = /usr/local -o "$(PREFIX)" = /usr ]; then ldconfig; fi
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/lib/$(LIBRARY)* $(DESTDIR)$(PREFIX)/lib/$(WIDE_DIR)/$(LIBRARY)*
-	rm -f $(HEADERS:%=$(DESTDIR)$(PREFIX)/include/%) $(DESTDIR)$(PREFIX)/lib/pkgconfig/fastermoe.pc
+	rm -f $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(LIBRARY)* $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(WIDE_DIR)/$(LIBRARY)*
+	rm -f $(HEADERS:%=$(DESTDIR)$(PREFIX)/include/%) $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig/fastermoe.pc
 	rm -rf $(DESTDIR)$(PREFIX)/$(CMAKE)
-	-rmdir --ignore-fail-on-non-empty -p $(DESTDIR)$(PREFIX)/lib/$(WIDE_DIR) $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake $(DESTDIR)$(PREFIX)/include 2>/dev/null
+	-rmdir --ignore-fail-on-non-empty -p $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(WIDE_DIR) $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/$(LIBDIR)/cmake $(DESTDIR)$(PREFIX)/include 2>/dev/null
 
 stage: build
 	@$(MAKE) --no-print-directory install PREFIX=$(STAGE) >/dev/null
@@ -102,6 +104,16 @@ fuzz-library: packages-build
 # Everything that can be made to fail, made to fail; some minutes. Prints a table.
 faults: packages-test stage fuzz-library
 	Tests/faults.sh $(STAGE)
+
+# Debian packages, to build/deb: the library, what is needed to build with it, and the tools where there are any.
+deb: build
+	packaging/deb.sh $(OUT)/deb
+
+# How the memory of a training goes, MINUTES long.
+MINUTES ?= 20
+soak: stage
+	PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig $(MAKE) --no-print-directory -C examples/c BUILD=$(OUT)/examples RPATH=1 all
+	Tests/soak.sh $(OUT)/examples/train_gpt $(MINUTES)
 
 BENCH ?= --json $(OUT)/bench.json
 bench: packages-bench stage

@@ -139,6 +139,8 @@ uninstall() {
   [ -z "$left" ] || { echo "left behind: $left"; return 1; }
 }
 
+debian_packages() { make --no-print-directory deb && Tests/deb.sh build/deb; }
+
 case $(uname -m) in x86_64) base=haswell ;; *) base=native ;; esac
 step "format" format
 step "Swift tests" swift_tests "$base"
@@ -157,5 +159,6 @@ step "MPI: Open MPI, MPICH, several hosts" Tests/Cluster/run.sh "$prefix"
 step "README program" readme_program
 step "CMake package" cmake_package
 step "uninstall" uninstall
+step "Debian packages: built, installed, used, removed" debian_packages
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
