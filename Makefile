@@ -21,7 +21,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults deb soak bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
 
 all: build
 
@@ -153,6 +153,10 @@ bench-predict: packages-test stage
 
 format:
 	$(SWIFT) format -i -r Sources Tests Package.swift
+
+# docs/reference.md, from the header.
+docs:
+	awk -f docs/reference.awk include/fastermoe.h > docs/reference.md
 
 clean:
 	rm -rf .build build examples/c/build examples/cpp/build

@@ -35,6 +35,8 @@ thread_sanitizer() {
 
 c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" "$1"; }
 
+reference() { awk -f docs/reference.awk include/fastermoe.h | diff - docs/reference.md || { echo "make docs makes it anew"; return 1; }; }
+
 fuzzers() { make --no-print-directory fuzz SECONDS="$1"; }
 
 # The examples as a user builds them: pkg-config and nothing else.
@@ -143,6 +145,7 @@ debian_packages() { make --no-print-directory deb && Tests/deb.sh build/deb; }
 
 case $(uname -m) in x86_64) base=haswell ;; *) base=native ;; esac
 step "format" format
+step "reference is the header's" reference
 step "Swift tests" swift_tests "$base"
 if grep -q avx512vl /proc/cpuinfo; then step "Swift tests, AVX-512" swift_tests skylake-avx512; fi
 step "sums stay in registers" Tests/registers.sh .build/*/release/libfastermoe.so
