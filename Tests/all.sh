@@ -14,7 +14,7 @@ step() {
   if "$@" >"$log" 2>&1; then
     passed=$((passed + 1))
     printf 'ok      %s (%d s)\n' "$name" $((SECONDS - start))
-    grep -hE '[0-9]+ passed, [0-9]+ failed|Test run with|[0-9]+ inputs, ' "$log" | sed 's/^/          /'
+    grep -hE '[0-9]+ passed, [0-9]+ failed|Test run with|[0-9]+ inputs, |^not run' "$log" | sed 's/^/          /'
   else
     failed=$((failed + 1))
     printf 'FAILED  %s (%d s)\n' "$name" $((SECONDS - start))
@@ -151,6 +151,7 @@ if grep -q avx512vl /proc/cpuinfo; then step "Swift tests, AVX-512" swift_tests 
 step "sums stay in registers" Tests/registers.sh .build/*/release/libfastermoe.so
 step "thread sanitizer" thread_sanitizer "$base"
 step "C and C++ interface, gcc and clang" c_interface test
+step "programs of an older version on this library" Tests/old_binaries.sh "$prefix"
 step "C interface under valgrind" c_interface valgrind
 step "C interface under the address sanitizer" c_interface asan
 step "fuzzers, address sanitizer in the library" fuzzers 10
