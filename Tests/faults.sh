@@ -2,8 +2,8 @@
 # The fault campaign: Tests/faults.sh PREFIX, with a staged library there and the one for fuzzing built. `make faults` calls it.
 # Prints a table of what was injected, how often, what was seen each time, and how often something else was.
 set -u
-cd "$(dirname "$0")"
 prefix=$(realpath "$1")
+cd "$(dirname "$0")"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 failed=0

@@ -145,7 +145,7 @@ static void play_plan(input in) {
     const size_t each = in.left / (size_t)(ranks - r);
     p.in[r] = (input){in.at, each}, in.at += each, in.left -= each;
   }
-  crew *c = crew_create((crew_options){.ranks = ranks, .timeout = 20, .over_mailbox = 1, .mail = mail});
+  crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = 1, .mail = mail});
   crew_run(c, play_rank, &p);
   crew_destroy(c);
   DEMAND(!atomic_load(&failed), "a transport's contract");
