@@ -130,10 +130,13 @@ enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWI
  * SWITCH        k 1.  Weights are the probabilities over all experts, for any k.  An expert takes ceil(factor·k·n/E) rows of
  *               the whole batch, n counting all workers' tokens; factor 1.25.  FMOE_DROP_LAST keeps those that come first in
  *               the order of all workers' tokens, first choices before second ones, so that W workers drop what one would;
- *               FMOE_DROP_LIGHTEST keeps each worker's highest weights, within a part of the room by its tokens.
+ *               the other ways, below, choose among each worker's own, within a part of the room by its tokens.
  * GSHARD        k 2.  An expert takes ceil(factor·k·n/E) rows of each worker, n being this worker's tokens; factor 1.  In
  *               training, a choice behind the first is dropped by chance unless k·weight exceeds a number drawn from
  *               [0, 1).  The f of the balance loss counts first choices alone.
+ *               Where an expert has no room for all, FMOE_DROP_LIGHTEST keeps the choices that weigh most, FMOE_DROP_RANDOM
+ *               any, in evaluation those that FMOE_DROP_LAST keeps, and FMOE_DROP_UNIMPORTANT first choices before second
+ *               ones and, among these, those of tokens whose first choice weighs most (Tutel's batch priority).
  * BASE          k 1, no balance loss.  Weights are 1/(1 + exp(-score)); the layer's output for a token, added to the token, is
  *               that of the paper.  In training a worker's own tokens are shared out, at most ceil(n/E) to each expert and
  *               exactly n/E where E divides n, so that the sum of scores is near its highest; scores that are not finite
@@ -146,11 +149,22 @@ enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWI
  *               place, at most remote_share may leave the smaller one inside it; all levels together: 1 - (1 -
  *               remote_share)^l may cross the l-th from the top.
  *
- * f counts choices before a capacity drops any.  In evaluation (fmoe_layer_set_training) capacities are twice as large and
+ * SWIPE         k 2.  In training the experts of each worker together take as many choices of the whole batch, n·k/W of all
+ *               workers' n; where W does not divide them, the first workers take one more.  None is dropped: first choices
+ *               before second ones, in the order of all workers' tokens, what its worker has no room for goes to the lowest
+ *               workers with room, there to the expert with the token's highest score that it has not chosen, or, if it has
+ *               chosen all of that worker's, to one of them again.  In evaluation, and on one worker, it is TOPK.
+ *
+ * With bias_step a token chooses by 1/(1 + exp(-score)) + bias instead of the score, and the bias of each expert balances
+ * the load without a loss (Wang et al. 2024): backward of a pass in training adds bias_step to that of every expert with
+ * less than the mean load, takes it from that of every one with more.  Load is f, below.  Weights and gradients are by the
+ * scores alone.
+ *
+ * f counts choices before a capacity drops any or SWIPE moves any.  In evaluation (fmoe_layer_set_training) capacities are twice as large and
  * nothing is left to chance.  What is drawn depends on the seed, on how many passes the layer has made and on a token's place
  * among all workers' tokens. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
-       FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6 };
+       FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6, FMOE_GATE_SWIPE = 7 };
 typedef struct fmoe_layer_options {
   uint32_t struct_size;
   int32_t top_k;                          /* default: what the gate is known for, else 2; at most E */
@@ -170,13 +184,25 @@ typedef struct fmoe_layer_options {
                                              of links between hosts and within one; else 0.14, the paper's */
   int32_t drop;                           /* gates with a capacity: FMOE_DROP_LAST ... */
   int32_t reserved;                       /* 0 */
+  double input_jitter;                    /* in training, every element of what the gate reads of a token is multiplied by a
+                                             number drawn from [1 - input_jitter, 1 + input_jitter); Switch's paper: 0.01;
+                                             less than 1; default 0 */
+  double bias_step;                       /* TOPK, SWITCH, GSHARD and the topology gates: balancing by a bias, see above; its
+                                             paper: 0.001; at most 1; default 0: no bias */
 } fmoe_layer_options;
-#define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
-enum { FMOE_DROP_LAST = 0, FMOE_DROP_LIGHTEST = 1 };
+#define FMOE_LAYER_OPTIONS_INIT { (uint32_t)sizeof(fmoe_layer_options), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+enum { FMOE_DROP_LAST = 0, FMOE_DROP_LIGHTEST = 1, FMOE_DROP_RANDOM = 2, FMOE_DROP_UNIMPORTANT = 3 };
 fmoe_status fmoe_layer_create(fmoe_group *group /* kept */, const fmoe_layer_options *options, fmoe_layer **out); /* collective */
 /* 1: the gate trains, with what its rule leaves to chance, as a new layer does; 0: it evaluates.  It holds for passes that
  * begin later, for which it must be equal on all ranks.  Gradients, losses and backward are there in both. */
 fmoe_status fmoe_layer_set_training(fmoe_layer *layer, int32_t training);
+/* Topology gates count an expert as inside for every worker if all will have a copy of it: it is then known before they
+ * choose which experts are shadowed.  shadows [E] of 0/1 says which, for passes that begin later, equal on all ranks; NULL, as a
+ * new layer does, what was predicted to be best for the layer's latest pass whose plan was left to choose: none before the
+ * first, and none where fmoe_plan does not predict.  Such a pass shadows that very set where fmoe_plan's shadowing is 0 or 3 or
+ * it is not called; to ask for a set that leaves one of them out is FMOE_ERROR_ARGUMENT.  Passes of fmoe_route have no
+ * such set.  FMOE_ERROR_ARGUMENT for other gates. */
+fmoe_status fmoe_layer_expect_shadows(fmoe_layer *layer, const uint8_t *shadows /* [E] or NULL */);
 void fmoe_layer_destroy(fmoe_layer *layer); /* passes under way may still be used and destroyed */
 
 /* Values start uniform in +-1/sqrt(inputs), the same for any W.  u = w1·x + b1, a = activation(u), out = w2·a + b2;
@@ -190,6 +216,7 @@ typedef struct fmoe_tensors {             /* values or gradients; borrowed until
   float *w2, *b2;                         /* [E/W, d, h]  [E/W, d]   SwiGLU: b2 NULL */
   float *w3;                              /* [E/W, h, d]  SwiGLU: the linear half; else NULL */
   float *noise;                           /* [E, d]  FMOE_GATE_NOISY: of the noise's width, equal on all ranks; else NULL */
+  float *gate_bias;                       /* [E]  values of a layer with bias_step, equal on all ranks; else NULL */
 } fmoe_tensors;
 fmoe_status fmoe_layer_values(fmoe_layer *layer, fmoe_tensors *out);
 fmoe_status fmoe_layer_gradients(fmoe_layer *layer, fmoe_tensors *out); /* backward adds */
@@ -221,9 +248,10 @@ typedef struct fmoe_adamw_options {       /* step t = 1, 2, ... of a layer, as P
  * call on, which may fail with FMOE_ERROR_MEMORY.  The same bits for any number of threads and workers. */
 fmoe_status fmoe_layer_adamw(fmoe_layer *layer, const fmoe_adamw_options *options);
 /* Collective.  A safetensors file of all ranks' values, experts by their number among all E, so that any W reads what any
- * other wrote:  gate.weight [E, d], FMOE_GATE_NOISY: gate.noise.weight [E, d] too, experts.3.w1.weight [h, d],
+ * other wrote:  gate.weight [E, d], FMOE_GATE_NOISY: gate.noise.weight [E, d] too, with bias_step gate.bias [E], experts.3.w1.weight [h, d],
  * experts.3.w1.bias [h], experts.3.w2.weight [d, h], experts.3.w2.bias [d], SwiGLU: w1, w2, w3 and no biases; after
- * fmoe_layer_adamw also optimizer.step, an I64, and optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each;
+ * fmoe_layer_adamw also optimizer.step, an I64, and optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each but
+ * gate.bias;
  * docs/checkpoints.md has the rest.
  * Rank 0 alone has the file: it writes and reads for all, and only its path counts (the others' must not be NULL).
  * save: the file appears at path as a whole, replacing the one that is there; a link or a device is refused.

@@ -124,6 +124,16 @@ public func fmoe_layer_set_training(_ layer: OpaquePointer!, _ training: Int32) 
   }
 }
 
+@_cdecl("fmoe_layer_expect_shadows") @implementation
+public func fmoe_layer_expect_shadows(_ layer: OpaquePointer!, _ shadows: UnsafePointer<UInt8>!) -> fmoe_status {
+  answer { () throws(Failure) in
+    let layer: Layer = try object(layer, "layer")
+    var set: [Int]?
+    if let shadows { set = try expertSet(shadows, experts: layer.shape.experts) }
+    try layer.group.exclusively { () throws(Failure) in try layer.awaitShadows(set) }
+  }
+}
+
 @_cdecl("fmoe_layer_values") @implementation
 public func fmoe_layer_values(_ layer: OpaquePointer!, _ out: UnsafeMutablePointer<fmoe_tensors>!) -> fmoe_status {
   answer { () throws(Failure) in
@@ -147,8 +157,9 @@ private func writeTensors(_ t: Layer.Tensors, of layer: Layer, to out: UnsafeMut
   write(
     fmoe_tensors(
       struct_size: 0, local_experts: Int32(layer.owned.count), first_expert: Int64(layer.owned.lowerBound),
-      gate: t.gate, w1: t.inward, b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear, noise: t.noise
-    ),
+      gate: t.gate, w1: t.inward, b1: t.inwardBias, w2: t.outward, b2: t.outwardBias, w3: t.inwardLinear,
+      noise: t.noise,
+      gate_bias: t.bias),
     to: out, room: try room(in: out, "out"))
 }
 

@@ -47,9 +47,15 @@ extension Layer.Options {
     let shape = try Shape(
       model: Int(c.d_model), hidden: Int(c.d_hidden), experts: experts,
       choices: c.top_k > 0 ? Int(c.top_k) : max(1, min(gate.choices, experts)), activation: activation)
+    guard c.input_jitter >= 0, c.input_jitter < 1 else {
+      throw Failure(.argument, "input_jitter must be in [0, 1), not \(c.input_jitter)")
+    }
+    guard c.bias_step >= 0, c.bias_step <= 1 else {
+      throw Failure(.argument, "bias_step must be in [0, 1], not \(c.bias_step)")
+    }
     self.init(
       shape, gate: gate.rule, gateNumbers: gate.numbers, losses: RouterLosses(balance: c.balance_loss, z: c.z_loss),
-      seed: c.seed)
+      jitter: Float(c.input_jitter), biasStep: Float(c.bias_step), seed: c.seed)
   }
 }
 
@@ -62,20 +68,25 @@ struct GateOptions {
   let numbers: SIMD4<UInt64>
 
   init(_ c: fmoe_layer_options) throws(Failure) {
-    let (name, choices, hasCapacity, hasLimit) = try GateOptions.known(Int(c.gate))
-    guard c.capacity_factor == 0 || hasCapacity else {
+    let (name, choices, has) = try GateOptions.known(Int(c.gate))
+    guard c.capacity_factor == 0 || has.contains(.capacity) else {
       throw Failure(.options, "capacity_factor is set, but \(name) has no capacity")
     }
     guard c.capacity_factor >= 0, c.capacity_factor.isFinite else {
       throw Failure(.argument, "capacity_factor must be a finite number, 0 or more, not \(c.capacity_factor)")
     }
-    guard c.drop == 0 || hasCapacity else { throw Failure(.options, "drop is set, but \(name) has no capacity") }
+    guard c.drop == 0 || has.contains(.capacity) else {
+      throw Failure(.options, "drop is set, but \(name) has no capacity")
+    }
     guard let dropping = Capacity.Dropping(rawValue: Int(c.drop)) else {
-      throw Failure(.options, "drop is FMOE_DROP_LAST or FMOE_DROP_LIGHTEST, not \(c.drop)")
+      throw Failure(.options, "drop \(c.drop) is none of FMOE_DROP_LAST ... FMOE_DROP_UNIMPORTANT")
     }
     guard c.reserved == 0 else { throw Failure(.options, "fmoe_layer_options.reserved must be 0") }
-    guard c.remote_share == 0 || hasLimit else {
+    guard c.remote_share == 0 || has.contains(.limit) else {
       throw Failure(.options, "remote_share is set, but \(name) limits nothing")
+    }
+    guard c.bias_step == 0 || has.contains(.preference) else {
+      throw Failure(.options, "bias_step is set, but \(name) does not choose by a bias")
     }
     func capacity(_ factor: Double) -> Capacity {
       let given = c.capacity_factor > 0 ? c.capacity_factor : factor
@@ -101,21 +112,31 @@ struct GateOptions {
       rule = BaseGate()
     case FMOE_GATE_TOPOLOGY: rule = NearGate(share: share, .top)
     case FMOE_GATE_HIERARCHICAL: rule = NearGate(share: share, .every)
+    case FMOE_GATE_SWIPE: rule = SwipeGate()
     default: rule = TopKGate()
     }
   }
 
-  /// A gate's name, its own top_k, and whether it has a capacity or a limit on what leaves a place.
-  private static func known(_ gate: Int) throws(Failure) -> (String, Int, Bool, Bool) {
+  /// What a gate has besides scores: a capacity, a limit on what leaves a place, a bias where it chooses.
+  private struct Traits: OptionSet {
+    let rawValue: Int
+    static let capacity = Traits(rawValue: 1)
+    static let limit = Traits(rawValue: 2)
+    static let preference = Traits(rawValue: 4)
+  }
+
+  /// A gate's name, its own top_k, and what it has.
+  private static func known(_ gate: Int) throws(Failure) -> (String, Int, Traits) {
     switch gate {
-    case FMOE_GATE_TOPK: return ("FMOE_GATE_TOPK", 2, false, false)
-    case FMOE_GATE_NOISY: return ("FMOE_GATE_NOISY", 2, false, false)
-    case FMOE_GATE_SWITCH: return ("FMOE_GATE_SWITCH", 1, true, false)
-    case FMOE_GATE_GSHARD: return ("FMOE_GATE_GSHARD", 2, true, false)
-    case FMOE_GATE_BASE: return ("FMOE_GATE_BASE", 1, false, false)
-    case FMOE_GATE_TOPOLOGY: return ("FMOE_GATE_TOPOLOGY", 2, false, true)
-    case FMOE_GATE_HIERARCHICAL: return ("FMOE_GATE_HIERARCHICAL", 2, false, true)
-    default: throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_HIERARCHICAL")
+    case FMOE_GATE_TOPK: return ("FMOE_GATE_TOPK", 2, .preference)
+    case FMOE_GATE_NOISY: return ("FMOE_GATE_NOISY", 2, [])
+    case FMOE_GATE_SWITCH: return ("FMOE_GATE_SWITCH", 1, [.capacity, .preference])
+    case FMOE_GATE_GSHARD: return ("FMOE_GATE_GSHARD", 2, [.capacity, .preference])
+    case FMOE_GATE_BASE: return ("FMOE_GATE_BASE", 1, [])
+    case FMOE_GATE_TOPOLOGY: return ("FMOE_GATE_TOPOLOGY", 2, [.limit, .preference])
+    case FMOE_GATE_HIERARCHICAL: return ("FMOE_GATE_HIERARCHICAL", 2, [.limit, .preference])
+    case FMOE_GATE_SWIPE: return ("FMOE_GATE_SWIPE", 2, [])
+    default: throw Failure(.options, "gate \(gate) is none of FMOE_GATE_TOPK ... FMOE_GATE_SWIPE")
     }
   }
 }
@@ -160,19 +181,23 @@ func planRequest(_ given: UnsafePointer<fmoe_plan_options>?, experts: Int) throw
     throw Failure(.options, "schedule is 0 to 2, not \(c.schedule)")
   }
   var request = PlanRequest()
-  if shadowing == .given {
-    let shadows = try require(c.shadows, "shadows")
-    for expert in 0..<experts where shadows[expert] != 0 {
-      guard shadows[expert] == 1 else {
-        throw Failure(.argument, "shadows[\(expert)] is 0 or 1, not \(shadows[expert])")
-      }
-      request.shadows.append(expert)
-    }
-  }
+  if shadowing == .given { request.shadows = try expertSet(try require(c.shadows, "shadows"), experts: experts) }
   request.shadowing = shadowing
   request.schedule = schedule
   request.groupSize = Int(c.group_size)
   return request
+}
+
+/// The experts that `shadows` [E] marks with 1.
+func expertSet(_ shadows: UnsafePointer<UInt8>, experts: Int) throws(Failure) -> [Int] {
+  var set: [Int] = []
+  for expert in 0..<experts where shadows[expert] != 0 {
+    guard shadows[expert] == 1 else {
+      throw Failure(.argument, "shadows[\(expert)] is 0 or 1, not \(shadows[expert])")
+    }
+    set.append(expert)
+  }
+  return set
 }
 
 /// What a `fmoe_cluster` handle owns.

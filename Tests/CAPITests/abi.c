@@ -28,17 +28,19 @@ AT(fmoe_group_options, struct_size, 0) AT(fmoe_group_options, threads, 4) AT(fmo
 AT(fmoe_group_options, reserved, 12) AT(fmoe_group_options, timeout_seconds, 16) AT(fmoe_group_options, topology, 24)
 AT(fmoe_group_options, profile, 32)
 
-SIZE(fmoe_layer_options, 88)
+SIZE(fmoe_layer_options, 104)
 AT(fmoe_layer_options, struct_size, 0) AT(fmoe_layer_options, top_k, 4) AT(fmoe_layer_options, d_model, 8)
 AT(fmoe_layer_options, d_hidden, 16) AT(fmoe_layer_options, experts, 24) AT(fmoe_layer_options, activation, 32)
 AT(fmoe_layer_options, gate, 36) AT(fmoe_layer_options, seed, 40) AT(fmoe_layer_options, capacity_factor, 48)
 AT(fmoe_layer_options, balance_loss, 56) AT(fmoe_layer_options, z_loss, 64) AT(fmoe_layer_options, remote_share, 72)
-AT(fmoe_layer_options, drop, 80) AT(fmoe_layer_options, reserved, 84)
+AT(fmoe_layer_options, drop, 80) AT(fmoe_layer_options, reserved, 84) AT(fmoe_layer_options, input_jitter, 88)
+AT(fmoe_layer_options, bias_step, 96)
 
-SIZE(fmoe_tensors, 72)
+SIZE(fmoe_tensors, 80)
 AT(fmoe_tensors, struct_size, 0) AT(fmoe_tensors, local_experts, 4) AT(fmoe_tensors, first_expert, 8)
 AT(fmoe_tensors, gate, 16) AT(fmoe_tensors, w1, 24) AT(fmoe_tensors, b1, 32) AT(fmoe_tensors, w2, 40)
 AT(fmoe_tensors, b2, 48) AT(fmoe_tensors, w3, 56) AT(fmoe_tensors, noise, 64)
+AT(fmoe_tensors, gate_bias, 72)
 
 SIZE(fmoe_adamw_options, 64)
 AT(fmoe_adamw_options, struct_size, 0) AT(fmoe_adamw_options, zero_gradients, 4) AT(fmoe_adamw_options, learning_rate, 8)
@@ -69,7 +71,8 @@ NUMBER(FMOE_ERROR_TIMEOUT, 42) NUMBER(FMOE_ERROR_INTERNAL, 60) NUMBER(FMOE_STATU
 NUMBER(FMOE_GELU, 0) NUMBER(FMOE_GELU_TANH, 1) NUMBER(FMOE_RELU, 2) NUMBER(FMOE_SILU, 3) NUMBER(FMOE_SWIGLU, 4)
 NUMBER(FMOE_GATE_TOPK, 0) NUMBER(FMOE_GATE_NOISY, 1) NUMBER(FMOE_GATE_SWITCH, 2) NUMBER(FMOE_GATE_GSHARD, 3)
 NUMBER(FMOE_GATE_BASE, 4) NUMBER(FMOE_GATE_TOPOLOGY, 5) NUMBER(FMOE_GATE_HIERARCHICAL, 6)
-NUMBER(FMOE_DROP_LAST, 0) NUMBER(FMOE_DROP_LIGHTEST, 1)
+NUMBER(FMOE_GATE_SWIPE, 7)
+NUMBER(FMOE_DROP_LAST, 0) NUMBER(FMOE_DROP_LIGHTEST, 1) NUMBER(FMOE_DROP_RANDOM, 2) NUMBER(FMOE_DROP_UNIMPORTANT, 3)
 NUMBER(FMOE_VERSION_MAJOR, 0) /* raising it is what the head of this file is about */
 
 int main(void) {

@@ -64,22 +64,24 @@ static int entries(const char *of) { /* files in a folder */
 enum { E = 4, D = 6, H = 5 };
 
 static int32_t gate = FMOE_GATE_TOPK; /* of the layers that follow */
+static double bias_step;              /* of these, too */
 
 static fmoe_layer_options options(int32_t activation, uint64_t of) {
   return (fmoe_layer_options){.struct_size = sizeof(fmoe_layer_options), .top_k = 2, .d_model = D, .d_hidden = H,
-                              .experts = E, .activation = activation, .gate = gate, .seed = of};
+                              .experts = E, .activation = activation, .gate = gate, .seed = of,
+                              .bias_step = bias_step};
 }
 
 /* A hash for each tensor of a rank's values, comparable between layers with as many workers. */
 static uint64_t values_of_sizes(fmoe_layer *layer, int64_t experts, int64_t d, int64_t h) {
   fmoe_tensors t = {.struct_size = sizeof t};
-  float *list[TENSORS + 1];
+  float *list[TENSORS + 2];
   uint64_t hash = 1;
   EXPECT(FMOE_OK, fmoe_layer_values(layer, &t));
-  tensors_of(&t, list), list[TENSORS] = t.noise;
+  tensors_of(&t, list), list[TENSORS] = t.noise, list[TENSORS + 1] = t.gate_bias;
   const int64_t e = t.local_experts;
-  const int64_t sizes[TENSORS + 1] = {experts * d, e * h * d, e * h, e * d * h, e * d, e * h * d, experts * d};
-  for (int i = 0; i <= TENSORS; i++)
+  const int64_t sizes[TENSORS + 2] = {experts * d, e * h * d, e * h, e * d * h, e * d, e * h * d, experts * d, experts};
+  for (int i = 0; i <= TENSORS + 1; i++)
     for (int64_t at = 0; list[i] && at < sizes[i]; at++) {
       uint32_t bits;
       memcpy(&bits, list[i] + at, sizeof bits);
@@ -108,6 +110,9 @@ static void learn(fmoe_layer *layer, int steps) {
       }
     }
     EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &how));
+    fmoe_tensors t = {.struct_size = sizeof t};
+    EXPECT(FMOE_OK, fmoe_layer_values(layer, &t));
+    for (int expert = 0; t.gate_bias && expert < E; expert++) t.gate_bias[expert] += (float)(expert - s) * 0.01f;
   }
 }
 
@@ -283,6 +288,28 @@ static void test_noise(void) {
           (double)mean[i], (double)square[i]);
   free(file.data), fmoe_layer_destroy(layer), fmoe_layer_destroy(plain), unlink(in_folder("a"));
   gate = FMOE_GATE_TOPK;
+}
+
+/* The bias by which a gate balances, and no layer without one that takes it or with one that does without. */
+static void test_bias(void) {
+  fmoe_layer *plain = one(options(FMOE_RELU, 9));
+  EXPECT(FMOE_OK, fmoe_layer_save(plain, in_folder("a")));
+  bias_step = 0.001;
+  fmoe_layer *layer = one(options(FMOE_RELU, 8));
+  fmoe_tensors t = {.struct_size = sizeof t};
+  EXPECT(FMOE_OK, fmoe_layer_values(layer, &t));
+  for (int e = 0; e < E; e++) CHECK(t.gate_bias[e] == 0, "a new bias is 0");
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(layer, in_folder("a")));
+  CHECK(strstr(fmoe_last_error(), "lacks the tensor \"gate.bias\""), "%s", fmoe_last_error());
+  learn(layer, 2);
+  EXPECT(FMOE_OK, fmoe_layer_save(layer, in_folder("a")));
+  EXPECT(FMOE_ERROR_FILE, fmoe_layer_load(plain, in_folder("a")));
+  CHECK(strstr(fmoe_last_error(), "gate.bias\""), "%s", fmoe_last_error());
+  bytes file = slurp(in_folder("a"));
+  const float *bias = tensor_in(file, "gate.bias", "4", E);
+  CHECK(bias && bias[3] != 0 && !memcmp(bias, t.gate_bias, E * 4), "the bias");
+  free(file.data), fmoe_layer_destroy(layer), fmoe_layer_destroy(plain), unlink(in_folder("a"));
+  bias_step = 0;
 }
 
 /* ---- what is altered or cut off ---------------------------------------------------------------- */
@@ -675,7 +702,9 @@ int main(void) {
   CHECK(system(command) == 0, "%s", command);
   test_format();
   test_noise();
+  test_bias();
   test_any_workers(FMOE_GATE_TOPK), test_any_workers(FMOE_GATE_NOISY);
+  bias_step = 0.5, test_any_workers(FMOE_GATE_SWITCH), bias_step = 0;
   test_large();
   test_altered();
   test_other_layers();

@@ -123,6 +123,8 @@ static fmoe_status create_changed(seat *at, int variant) {
     case 5: o.balance_loss += 1; break;
     case 6: o.z_loss += 1; break;
     case 8: o.gate = FMOE_GATE_NOISY; break;
+    case 9: o.input_jitter += 0.25; break;
+    case 10: o.bias_step += 0.25; break;
     default: o.experts *= 2; break;
   }
   return create(at, &o);

@@ -21,14 +21,18 @@ static uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-static uint64_t drawn(uint64_t of_layer, int64_t pass, int64_t index) {
-  uint64_t key = mix(mix(of_layer + UINT64_C(0x9E3779B97F4A7C15)) ^
-                     ((UINT64_C(1) << 32) + (uint64_t)pass) * UINT64_C(0xD1B54A32D192ED03));
-  return mix(key + (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15));
+static double drawn(uint64_t of_layer, uint64_t stream, int64_t index) { /* [0, 1) */
+  uint64_t key = mix(mix(of_layer + UINT64_C(0x9E3779B97F4A7C15)) ^ stream * UINT64_C(0xD1B54A32D192ED03));
+  return ldexp((double)(mix(key + (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15)) >> 40), -24);
 }
 
 static double share_of(uint64_t of_layer, int64_t pass, int64_t index) {
-  return ldexp((double)(drawn(of_layer, pass, index) >> 40), -24);
+  return drawn(of_layer, (UINT64_C(1) << 32) + (uint64_t)pass, index);
+}
+
+/* A factor of the gate's input. */
+static double jitter_of(uint64_t of_layer, int64_t pass, int64_t index, double bound) {
+  return 1 + (2 * drawn(of_layer, (UINT64_C(1) << 48) + (uint64_t)pass, index) - 1) * bound;
 }
 
 /* Box and Muller. */
@@ -43,7 +47,8 @@ static double normal_of(uint64_t of_layer, int64_t pass, int64_t index) {
 
 typedef struct rule {
   int32_t gate, drop, evaluates;
-  double factor, remote;
+  double factor, remote, jitter, step; /* step: of the bias */
+  uint32_t shadows;                    /* a bit for each expert that is expected to be shadowed */
 } rule;
 
 typedef struct world {
@@ -60,6 +65,7 @@ typedef struct world {
   double *noise;           /* [E, d] of the noisy gate */
   double *draw, *bar;      /* [n, E] what is drawn; whose score is an expert's bar, or -1 */
   double *clean, *width;   /* [n, E] */
+  double bias[64];         /* [E] as the gate finds it */
 } world;
 
 static int is_noisy(const world *w) { return w->rule.gate == FMOE_GATE_NOISY && !w->rule.evaluates; }
@@ -68,6 +74,10 @@ static void *zeros(int64_t count, size_t size) {
   void *block = calloc((size_t)count + 1, size);
   if (!block) abort();
   return block;
+}
+
+static int32_t dropping(const world *w) {
+  return w->rule.drop == FMOE_DROP_RANDOM && w->rule.evaluates ? FMOE_DROP_LAST : w->rule.drop;
 }
 
 static int64_t capacity(const world *w, int64_t tokens) {
@@ -92,8 +102,11 @@ static void score(world *w) {
     for (int64_t e = 0; e < E; e++) {
       double sum = 0, spread = 0;
       for (int64_t c = 0; c < d; c++) {
-        sum += o->x[i * d + c] * o->values[GATE][e * d + c];
-        spread += o->x[i * d + c] * w->noise[e * d + c];
+        double x = o->x[i * d + c];
+        if (w->rule.jitter > 0 && !w->rule.evaluates)
+          x *= jitter_of(w->layer_seed, w->pass, i * ((d + 15) / 16 * 16) + c, w->rule.jitter);
+        sum += x * o->values[GATE][e * d + c];
+        spread += x * w->noise[e * d + c];
       }
       w->clean[i * E + e] = sum, w->width[i * E + e] = log1p(exp(spread)) + 0.01;
       o->logits[i * E + e] = sum + (is_noisy(w) ? w->width[i * E + e] * w->draw[i * E + e] : 0);
@@ -167,6 +180,12 @@ static double loss_of(world *w) {
 
 /* ---- who is chosen ---------------------------------------------------------------------------- */
 
+/* By what token i chooses expert e. */
+static double preference(const world *w, int64_t i, int64_t e) {
+  const double score = w->s->whole->logits[i * w->shape.E + e];
+  return w->rule.step > 0 ? 1 / (1 + exp(-score)) + w->bias[e] : score;
+}
+
 static void choose_highest(world *w) {
   oracle *o = w->s->whole;
   const int64_t k = o->choices, E = o->experts;
@@ -176,7 +195,7 @@ static void choose_highest(world *w) {
       for (int64_t e = 0; e < E; e++) {
         int taken = 0;
         for (int64_t q = 0; q < j; q++) taken |= w->candidate[i * k + q] == e;
-        if (!taken && (best < 0 || o->logits[i * E + e] > o->logits[i * E + best])) best = e;
+        if (!taken && (best < 0 || preference(w, i, e) > preference(w, i, best))) best = e;
       }
       w->candidate[i * k + j] = (int32_t)best;
     }
@@ -187,6 +206,7 @@ static const char *const machine = "pack:2 numa:2 core:1 pu:1";
 static int32_t levels_of(const world *w) { return w->ranks / 2; }
 static int32_t crossed(const world *w, int32_t rank, int32_t expert) {
   const int32_t owner = expert / (int32_t)(w->shape.E / w->ranks);
+  if (w->rule.shadows >> expert & 1) return 0; /* everybody has a copy */
   return w->ranks == 4 ? (owner != rank) + (owner / 2 != rank / 2) : owner != rank;
 }
 static int is_near(const world *w) {
@@ -210,7 +230,7 @@ static void stay_near(world *w, int32_t rank, int32_t level, int64_t first, int6
     for (int64_t b = 0; b < n * k; b++) {
       const int32_t other = w->candidate[first * k + b];
       if (other < 0 || crossed(w, rank, other) < limit) continue;
-      const double more = o->logits[(first + b / k) * E + other] - o->logits[(first + a / k) * E + e];
+      const double more = preference(w, first + b / k, other) - preference(w, first + a / k, e);
       higher += more > 0 || (more == 0 && b < a);
     }
     leaves[a] = higher >= budget(w, level, n * k);
@@ -219,15 +239,45 @@ static void stay_near(world *w, int32_t rank, int32_t level, int64_t first, int6
     if (leaves[a]) w->candidate[first * k + a] = -1;
   for (int64_t a = 0; a < n * k; a++) {
     int32_t *own = w->candidate + (first + a / k) * k, best = -1;
-    const double *logits = o->logits + (first + a / k) * E;
     for (int32_t e = 0; e < E && leaves[a]; e++) {
       int taken = crossed(w, rank, e) >= limit;
       for (int64_t j = 0; j < k; j++) taken |= own[j] == e;
-      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+      if (!taken && (best < 0 || preference(w, first + a / k, e) > preference(w, first + a / k, best))) best = e;
     }
     if (leaves[a]) own[a % k] = best, w->moved[rank]++;
   }
   free(leaves);
+}
+
+/* SWIPE, one choice after the other: all workers' experts take as many. */
+static void share_out(world *w) {
+  oracle *o = w->s->whole;
+  const int64_t k = o->choices, E = o->experts, n = o->tokens, W = w->ranks, each = E / W;
+  int64_t room[MOST_RANKS];
+  char *over = zeros(n, 1);
+  for (int64_t r = 0; r < W; r++) room[r] = n * k / W + (r < n * k % W);
+  for (int64_t j = 0; j < k; j++) {
+    for (int64_t i = 0; i < n; i++) {
+      int64_t *of_owner = &room[w->candidate[i * k + j] / each];
+      over[i] = *of_owner == 0;
+      *of_owner -= !over[i];
+    }
+    for (int64_t i = 0, r = 0, first = 0; i < n; i++) {
+      int32_t to = 0, best = -1, again = -1;
+      while (i - first >= w->s->part[r]->tokens) first += w->s->part[r++]->tokens;
+      if (!over[i]) continue;
+      while (room[to] == 0) to++;
+      for (int32_t e = (int32_t)(to * each); e < (to + 1) * each; e++) {
+        int taken = 0;
+        for (int64_t q = 0; q < k; q++) taken |= w->candidate[i * k + q] == e;
+        if (!taken && (best < 0 || preference(w, i, e) > preference(w, i, best))) best = e;
+        if (again < 0 || preference(w, i, e) > preference(w, i, again)) again = e;
+      }
+      w->candidate[i * k + j] = best < 0 ? again : best;
+      room[to]--, w->moved[r]++;
+    }
+  }
+  free(over);
 }
 
 /* What an expert's score must exceed: the highest that was not chosen, or the lowest that was. */
@@ -247,7 +297,7 @@ static void find_bars(world *w) {
   }
 }
 
-/* Of the tokens first ... first + n, drops what comes for an expert behind `room` others, or weighs less than they. */
+/* Of the tokens first ... first + n, drops what comes for an expert behind `room` others by the rule. */
 static void limit(world *w, int64_t first, int64_t n, int64_t room) {
   oracle *o = w->s->whole;
   const int64_t k = o->choices;
@@ -258,9 +308,19 @@ static void limit(world *w, int64_t first, int64_t n, int64_t room) {
       for (int64_t a = first; a < first + n; a++)
         for (int64_t b = 0; b < k; b++) {
           if (w->candidate[a * k + b] != e) continue;
-          const double more = o->weight[a * k + b] - o->weight[i * k + j];
+          const int64_t other = a * k + b, slot = i * k + j, draws = INT64_C(1) << 40;
+          const double more = o->weight[other] - o->weight[slot];
+          const double luck = share_of(w->layer_seed, w->pass, draws + other) - share_of(w->layer_seed, w->pass, draws + slot);
+          const double importance = o->weight[a * k] - o->weight[i * k];
           const int earlier = b < j || (b == j && a < i);
-          before += w->rule.drop == FMOE_DROP_LIGHTEST ? more > 0 || (more == 0 && earlier) : earlier;
+          switch (dropping(w)) {
+            case FMOE_DROP_LIGHTEST: before += more > 0 || (more == 0 && earlier); break;
+            case FMOE_DROP_RANDOM: before += luck > 0 || (luck == 0 && earlier); break;
+            case FMOE_DROP_UNIMPORTANT:
+              before += b < j || (b == j && (importance > 0 || (importance == 0 && a < i)));
+              break;
+            default: before += earlier;
+          }
         }
       if (before >= room) o->choice[i * k + j] = -1;
     }
@@ -278,18 +338,19 @@ static void choose(world *w) {
     for (int32_t level = 0; is_near(w) && level < levels_of(w); level++)
       if (level == 0 || w->rule.gate == FMOE_GATE_HIERARCHICAL)
         stay_near(w, (int32_t)r, level, first, w->s->part[r]->tokens);
-  weigh(w);
-  if (is_noisy(w)) find_bars(w);
-  memcpy(o->choice, w->candidate, (size_t)slots * sizeof *o->choice);
   for (int64_t e = 0; e < E; e++) w->share[e] = 0;
   for (int64_t slot = 0; slot < slots; slot++)
     if (w->candidate[slot] < 0) continue;
     else if (!is_gshard) w->share[w->candidate[slot]] += 1 / (double)slots;
     else if (slot % k == 0) w->share[w->candidate[slot]] += (double)k / (double)slots;
-  if (is_switch && w->rule.drop == FMOE_DROP_LAST) limit(w, 0, o->tokens, capacity(w, o->tokens));
+  if (w->rule.gate == FMOE_GATE_SWIPE && !w->rule.evaluates) share_out(w);
+  weigh(w);
+  if (is_noisy(w)) find_bars(w);
+  memcpy(o->choice, w->candidate, (size_t)slots * sizeof *o->choice);
+  if (is_switch && dropping(w) == FMOE_DROP_LAST) limit(w, 0, o->tokens, capacity(w, o->tokens));
   for (int64_t r = 0, first = 0; r < w->ranks; first += w->s->part[r++]->tokens) {
     const int64_t n = w->s->part[r]->tokens;
-    if (is_switch && w->rule.drop == FMOE_DROP_LIGHTEST) limit(w, first, n, capacity(w, o->tokens) * n / o->tokens);
+    if (is_switch && dropping(w) != FMOE_DROP_LAST) limit(w, first, n, capacity(w, o->tokens) * n / o->tokens);
     if (!is_gshard) continue;
     limit(w, first, n, capacity(w, n));
     for (int64_t slot = first * k; slot < (first + n) * k && !w->rule.evaluates; slot++)
@@ -355,6 +416,7 @@ static world *world_create(rule rule, shape shape, int32_t ranks, const int64_t 
   for (int i = 0; i < 4; i++) *of_scores[i] = zeros(o->tokens * o->experts, sizeof(double));
   w->noise = zeros(o->sizes[GATE], sizeof(double));
   fill_float(w->noise, o->sizes[GATE], 1, &state);
+  fill_float(w->bias, o->experts, 0.1, &state);
   choose(w);
   return w;
 }
@@ -378,20 +440,45 @@ static fmoe_layer *gated_layer(fmoe_group *group, const world *w, const oracle *
   fmoe_layer *layer = NULL;
   options.gate = w->rule.gate, options.drop = w->rule.drop, options.capacity_factor = w->rule.factor;
   options.remote_share = w->rule.remote, options.seed = w->layer_seed;
+  options.input_jitter = w->rule.jitter, options.bias_step = w->rule.step;
   if (!EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layer))) exit(summary());
   set_values(layer, o);
   fmoe_tensors tensors = {.struct_size = sizeof tensors};
   EXPECT(FMOE_OK, fmoe_layer_values(layer, &tensors));
   CHECK((tensors.noise != NULL) == (w->rule.gate == FMOE_GATE_NOISY), "noise is there where the gate has some");
   for (int64_t i = 0; tensors.noise && i < o->sizes[GATE]; i++) tensors.noise[i] = (float)w->noise[i];
+  CHECK((tensors.gate_bias != NULL) == (w->rule.step > 0), "a bias is there where the gate has one");
+  for (int64_t e = 0; tensors.gate_bias && e < o->experts; e++) tensors.gate_bias[e] = (float)w->bias[e];
   if (w->rule.evaluates) EXPECT(FMOE_OK, fmoe_layer_set_training(layer, 0));
+  if (w->rule.shadows) {
+    uint8_t shadows[64] = {0};
+    for (int64_t e = 0; e < o->experts; e++) shadows[e] = w->rule.shadows >> e & 1;
+    EXPECT(FMOE_OK, fmoe_layer_expect_shadows(layer, shadows));
+  }
   return layer;
 }
 
 static void describe(char *what, size_t room, const world *w, const char *way) {
-  snprintf(what, room, "gate %d, %s, W %d, n %d, E %d, k %d, factor %g, drop %d, %s, pass %d", w->rule.gate, way,
-           w->ranks, (int)w->s->whole->tokens, (int)w->shape.E, (int)w->shape.k, w->rule.factor, w->rule.drop,
+  snprintf(what, room, "gate %d, %s, W %d, n %d, E %d, k %d, factor %g, drop %d, jitter %g, bias %g, shadows %x, %s, pass %d",
+           w->rule.gate, way, w->ranks, (int)w->s->whole->tokens, (int)w->shape.E, (int)w->shape.k, w->rule.factor,
+           w->rule.drop, w->rule.jitter, w->rule.step, (unsigned)w->rule.shadows,
            w->rule.evaluates ? "evaluating" : "training", (int)w->pass);
+}
+
+/* The load moves the bias after backward, in training alone; on all ranks alike. */
+static void check_bias(const char *what, const world *w, fmoe_layer *layer) {
+  fmoe_tensors values = {.struct_size = sizeof values}, gradients = {.struct_size = sizeof gradients};
+  EXPECT(FMOE_OK, fmoe_layer_values(layer, &values));
+  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &gradients));
+  CHECK(!gradients.gate_bias, "%s: a bias has no gradient", what);
+  double mean = 0;
+  for (int64_t e = 0; e < w->shape.E; e++) mean += w->share[e] / (double)w->shape.E;
+  for (int64_t e = 0; values.gate_bias && e < w->shape.E; e++) {
+    const double off = mean - w->share[e]; /* shares are of 23 tokens: equal to the mean, or off by far more than rounding */
+    const float step = w->rule.evaluates || fabs(off) < 1e-9 ? 0 : (float)(off > 0 ? w->rule.step : -w->rule.step);
+    CHECK(values.gate_bias[e] == (float)w->bias[e] + step, "%s: bias of expert %d is %g, was %g, load off by %g", what, (int)e,
+          values.gate_bias[e], w->bias[e], off);
+  }
 }
 
 static void run_trial(crew *c, int32_t rank, void *context) {
@@ -406,9 +493,10 @@ static void run_trial(crew *c, int32_t rank, void *context) {
     *(again ? &t->again[rank] : &t->got[rank]) = run(layer, t->w->s->part[rank]);
     fmoe_tensors tensors = {.struct_size = sizeof tensors};
     EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &tensors));
+    char what[300];
+    describe(what, sizeof what, t->w, "");
+    check_bias(what, t->w, layer);
     if (tensors.noise) {
-      char what[200];
-      describe(what, sizeof what, t->w, "");
       check_close(what, "noise", tensors.noise, t->of_noise, t->w->s->whole->sizes[GATE]);
     }
     fmoe_layer_destroy(layer);
@@ -446,6 +534,12 @@ static void check_room(const char *what, const world *w) {
         CHECK(over[levels_of(w) - level] <= budget(w, level, all), "%s: rank %d: %d cross level %d", what, r,
               (int)over[levels_of(w) - level], level);
   }
+  for (int32_t owner = 0; owner < w->ranks && w->rule.gate == FMOE_GATE_SWIPE && !w->rule.evaluates; owner++) {
+    const int64_t each = o->experts / w->ranks, all = o->tokens * o->choices;
+    int64_t rows = 0;
+    for (int64_t e = owner * each; e < (owner + 1) * each; e++) rows += w->s->part[0]->everyone[e];
+    CHECK(rows == all / w->ranks + (owner < all % w->ranks), "%s: rank %d takes %d", what, owner, (int)rows);
+  }
   for (int64_t e = 0; e < o->experts; e++) {
     int64_t all = 0;
     for (int32_t r = 0; r < w->ranks; r++) {
@@ -462,7 +556,7 @@ static void check_room(const char *what, const world *w) {
 static int64_t drops, moves; /* that the rules made, so that the tests say whether they have met any */
 
 static void check_world(const char *way, crew *c, world *w) {
-  char what[200];
+  char what[300];
   trial t = {.w = w, .of_noise = zeros(w->s->whole->sizes[GATE], sizeof(double))};
   describe(what, sizeof what, w, way);
   if (w->rule.gate == FMOE_GATE_BASE && !w->rule.evaluates) crew_run(c, ask_base, &t);
@@ -478,7 +572,8 @@ static void check_world(const char *way, crew *c, world *w) {
     int64_t dropped = 0;
     for (int64_t slot = 0; slot < o->tokens * o->choices; slot++) dropped += o->choice[slot] < 0;
     CHECK(routing.dropped == dropped, "%s: %d dropped, not %d", what, (int)routing.dropped, (int)dropped);
-    if (is_near(w)) CHECK(routing.moved == w->moved[r], "%s: %d moved", what, (int)routing.moved);
+    if (is_near(w) || w->rule.gate == FMOE_GATE_SWIPE)
+      CHECK(routing.moved == w->moved[r], "%s: %d moved", what, (int)routing.moved);
     drops += dropped, moves += routing.moved;
     batch_free(&t.got[r]), batch_free(&t.again[r]);
   }
@@ -502,11 +597,14 @@ static void test_capacities(void) {
   drops = 0;
   for (int32_t gate = FMOE_GATE_SWITCH; gate <= FMOE_GATE_GSHARD; gate++)
     for (int64_t k = 1; k <= 3; k++)
-      for (int kind = 0; kind < 4; kind++) {
-        rule rule = {.gate = gate, .drop = kind == 1, .evaluates = kind == 2, .factor = kind == 3 ? 0.4 : 0};
+      for (int kind = 0; kind < 8; kind++) {
+        /* Kinds 4 to 7: by chance, in training and not, what is least important, and the lightest where room is short. */
+        rule rule = {.gate = gate, .drop = kind == 1 ? FMOE_DROP_LIGHTEST : kind < 4 ? FMOE_DROP_LAST : kind < 6
+                     ? FMOE_DROP_RANDOM : kind == 6 ? FMOE_DROP_UNIMPORTANT : FMOE_DROP_LIGHTEST,
+                     .evaluates = kind == 2 || kind == 5, .factor = kind > 2 ? 0.4 : 0};
         shape shape = {.k = k, .E = 8, .d = 6, .h = 5, .activation = kind % 2 ? FMOE_SWIGLU : FMOE_GELU,
                        .balance = kind ? 0.7 : 0, .z = kind > 1 ? 0.4 : 0};
-        if (!small || (k == 2 && kind == 3)) test_rule(rule, shape);
+        if (!small || (k == 2 && (kind == 3 || kind == 6))) test_rule(rule, shape);
       }
   CHECK(small || drops > 100, "only %d choices were dropped", (int)drops);
 }
@@ -541,6 +639,121 @@ static void test_near(void) {
   CHECK(small || (moves > 100 && drops > 10), "%d choices moved, %d dropped", (int)moves, (int)drops);
 }
 
+static void test_swipe(void) {
+  moves = 0;
+  for (int64_t k = 1; k <= 3; k++) /* 3 are more than a worker of four has experts */
+    for (int kind = 0; kind < 3; kind++) {
+      rule rule = {.gate = FMOE_GATE_SWIPE, .evaluates = kind == 1};
+      shape shape = {.k = k, .E = 8, .d = 6, .h = 5, .activation = FMOE_SWIGLU, .balance = kind ? 0.7 : 0,
+                     .z = kind > 1 ? 0.4 : 0};
+      if (!small || (k == 3 && kind == 2)) test_rule(rule, shape);
+    }
+  CHECK(small || moves > 40, "only %d choices moved", (int)moves);
+}
+
+/* What the gate reads is jittered, and so are its gradients; widths that 16 does not divide, and several blocks. */
+static void test_jitter(void) {
+  static const int32_t gates[] = {FMOE_GATE_SWITCH, FMOE_GATE_TOPK, FMOE_GATE_NOISY, FMOE_GATE_GSHARD};
+  for (int gate = 0; gate < 4; gate++)
+    for (int kind = 0; kind < 2; kind++) {
+      rule rule = {.gate = gates[gate], .jitter = 0.3, .evaluates = kind && gate == 0};
+      shape shape = {.k = gate ? 2 : 1, .E = 8, .d = gate ? 6 : 37 + 20 * kind, .h = 5, .activation = FMOE_GELU,
+                     .balance = 0.7, .z = 0.4};
+      if (!small || (gate == 0 && kind == 0)) test_rule(rule, shape);
+    }
+}
+
+static void test_bias(void) {
+  static const int32_t gates[] = {FMOE_GATE_TOPK, FMOE_GATE_SWITCH, FMOE_GATE_GSHARD, FMOE_GATE_TOPOLOGY,
+                                  FMOE_GATE_HIERARCHICAL};
+  for (int gate = 0; gate < 5; gate++)
+    for (int kind = 0; kind < 3; kind++) {
+      rule rule = {.gate = gates[gate], .step = 0.01, .evaluates = kind == 1, .remote = gate > 2 ? 0.3 : 0};
+      shape shape = {.k = gate == 1 ? 1 : 2, .E = 8, .d = 6, .h = 5, .activation = FMOE_GELU,
+                     .balance = kind ? 0.7 : 0, .z = kind > 1 ? 0.4 : 0};
+      if (!small || (gate == 3 && kind == 2)) test_rule(rule, shape);
+    }
+}
+
+/* Experts that will be shadowed are inside: the rule, and results, of passes that play these very shadows. */
+static void test_expected(void) {
+  for (int32_t gate = FMOE_GATE_TOPOLOGY; gate <= FMOE_GATE_HIERARCHICAL; gate++)
+    for (int kind = 0; kind < 3; kind++) {
+      rule rule = {.gate = gate, .remote = 0.1, .shadows = kind == 0 ? 0x04 : kind == 1 ? 0x91 : 0xff,
+                   .step = kind == 1 ? 0.01 : 0};
+      shape shape = {.k = 2, .E = 8, .d = 6, .h = 5, .activation = FMOE_GELU, .balance = 0.7};
+      if (!small || (gate == FMOE_GATE_TOPOLOGY && kind == 1)) test_rule(rule, shape);
+    }
+}
+
+/* Shadows that leave out what the gate counted as local are refused, on all ranks and without harm; what is left open
+ * is these very ones, which the pass' own record shows. */
+static void run_kept(crew *c, int32_t rank, void *unused) {
+  enum { N = 12, D = 4, E = 8 };
+  static const uint8_t expected[E] = {0, 0, 1, 0, 0, 1, 0, 0}, less[E] = {0, 0, 1, 0, 0, 0, 0, 1}, more[E] = {1, 0, 1, 0, 0, 1, 0, 0};
+  static const uint8_t wrong[E] = {0, 0, 2, 0, 0, 0, 0, 0};
+  static float x[MOST_RANKS][N * D], y[MOST_RANKS][N * D];
+  fmoe_layer_options options = {.struct_size = sizeof options, .d_model = D, .d_hidden = 3, .experts = E,
+                                .gate = FMOE_GATE_TOPOLOGY};
+  fmoe_plan_options never = {.struct_size = sizeof never, .shadowing = 1}, given = {.struct_size = sizeof given, .shadowing = 2};
+  fmoe_layer *layer = NULL, *plain = NULL;
+  fmoe_pass *pass = NULL;
+  (void)unused;
+  for (int i = 0; i < N * D; i++) x[rank][i] = (float)((i * 31 + rank * 7) % 17) / 8 - 1;
+  if (!EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &options, &layer))) exit(summary());
+  options.gate = FMOE_GATE_TOPK;
+  if (!EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &options, &plain))) exit(summary());
+  EXPECT(FMOE_ERROR_ARGUMENT, fmoe_layer_expect_shadows(plain, expected));
+  EXPECT(FMOE_ERROR_ARGUMENT, fmoe_layer_expect_shadows(NULL, expected));
+  EXPECT(FMOE_ERROR_ARGUMENT, fmoe_layer_expect_shadows(layer, wrong));
+  if (c->ranks > 1) { /* sets must be equal */
+    EXPECT(FMOE_OK, fmoe_layer_expect_shadows(layer, rank ? expected : more));
+    EXPECT(FMOE_ERROR_DISAGREE, fmoe_gate(layer, x[rank], N, &pass));
+  }
+  EXPECT(FMOE_OK, fmoe_layer_expect_shadows(layer, expected));
+  for (int turn = 0; turn < 4; turn++) { /* NULL, no plan at all, what is expected, and more */
+    EXPECT(FMOE_OK, fmoe_gate(layer, x[rank], N, &pass));
+    if (c->ranks > 1) {
+      EXPECT(FMOE_ERROR_ARGUMENT, fmoe_plan(pass, &never, NULL));
+      given.shadows = less;
+      EXPECT(FMOE_ERROR_ARGUMENT, fmoe_plan(pass, &given, NULL));
+    }
+    given.shadows = turn == 2 ? expected : more;
+    if (turn != 1) EXPECT(FMOE_OK, fmoe_plan(pass, turn ? &given : NULL, NULL));
+    EXPECT(FMOE_OK, fmoe_forward(pass, y[rank]));
+    char path[64], text[1 << 16];
+    snprintf(path, sizeof path, "kept-%d-%d.json", (int)getpid(), rank);
+    EXPECT(FMOE_OK, fmoe_pass_write_timeline(pass, path));
+    FILE *file = fopen(path, "r");
+    const size_t size = file ? fread(text, 1, sizeof text - 1, file) : 0;
+    text[size] = 0;
+    if (file) fclose(file);
+    remove(path);
+    for (int e = 0; e < E && c->mail; e++) { /* ranks of one process read shadows in place */
+      char name[32];
+      snprintf(name, sizeof name, "fetch expert %d ", e);
+      const int wanted = c->ranks > 1 && (turn == 3 ? more : expected)[e];
+      CHECK(!strstr(text, name) == !wanted, "turn %d, rank %d: expert %d %s", turn, rank, e, wanted ? "is missing" : "is shadowed");
+    }
+    EXPECT(FMOE_OK, fmoe_backward(pass, x[rank], y[rank], NULL));
+    fmoe_pass_destroy(pass);
+  }
+  EXPECT(FMOE_OK, fmoe_layer_expect_shadows(layer, NULL));
+  EXPECT(FMOE_OK, fmoe_gate(layer, x[rank], N, &pass));
+  EXPECT(FMOE_OK, fmoe_plan(pass, &never, NULL));
+  fmoe_pass_destroy(pass);
+  fmoe_layer_destroy(layer), fmoe_layer_destroy(plain);
+}
+
+static void test_kept(void) {
+  for (int32_t ranks = 1; ranks <= 4; ranks *= 2)
+    for (int way = 0; way < 2; way++) {
+      crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = way, .topology = machine});
+      crew_run(c, run_kept, NULL);
+      crew_destroy(c);
+    }
+}
+
 /* Scores on which rules stumble, by the tokens: all equal, not a number, infinite, a single token. */
 typedef struct oddity {
   int32_t gate, kind;
@@ -552,11 +765,17 @@ static void run_oddity(crew *c, int32_t rank, void *context) {
   static float x[MOST_RANKS][N * D], y[MOST_RANKS][N * D];
   fmoe_layer_options options = {.struct_size = sizeof options, .d_model = D, .d_hidden = 3, .experts = E,
                                 .gate = odd->gate, .balance_loss = odd->gate == FMOE_GATE_BASE ? 0 : 0.1, .z_loss = 0.1};
-  const int64_t n = odd->kind == 3 ? rank == 0 : N;
+  const int64_t n = odd->kind % 4 == 3 ? rank == 0 : N;
+  const int more = odd->kind / 4; /* with whatever the gate may have besides */
+  if (more) options.input_jitter = 0.5;
+  if (more && odd->gate != FMOE_GATE_NOISY && odd->gate != FMOE_GATE_BASE && odd->gate != FMOE_GATE_SWIPE)
+    options.bias_step = 0.5;
+  if (more && (odd->gate == FMOE_GATE_SWITCH || odd->gate == FMOE_GATE_GSHARD))
+    options.drop = FMOE_DROP_RANDOM + (odd->kind % 2), options.capacity_factor = 0.5;
   fmoe_layer *layer = NULL;
   fmoe_routing r = {.struct_size = sizeof r};
   for (int i = 0; i < N * D; i++)
-    x[rank][i] = odd->kind == 0 ? 0 : i / D % 3 ? (float)(i % 7) - 3 : odd->kind == 1 ? NAN : INFINITY;
+    x[rank][i] = odd->kind % 4 == 0 ? 0 : i / D % 3 ? (float)(i % 7) - 3 : odd->kind % 4 == 1 ? NAN : INFINITY;
   if (!EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &options, &layer))) exit(summary());
   for (int training = 1; training >= 0; training--) {
     fmoe_pass *pass = NULL;
@@ -587,8 +806,8 @@ static void test_oddities(void) {
   for (int32_t ranks = 1; ranks <= 4; ranks *= 2)
     for (int way = 0; way < 2; way++) {
       crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = way, .topology = machine});
-      for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_HIERARCHICAL; gate++)
-        for (int kind = 0; kind < 4; kind++) crew_run(c, run_oddity, &(oddity){gate, kind});
+      for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_SWIPE; gate++)
+        for (int kind = 0; kind < 8; kind++) crew_run(c, run_oddity, &(oddity){gate, kind});
       crew_destroy(c);
     }
 }
@@ -604,6 +823,15 @@ int main(int count, char **arguments) {
   test_base();
   begin_test("near", 300);
   test_near();
+  begin_test("swipe", 300);
+  test_swipe();
+  begin_test("jitter", 300);
+  test_jitter();
+  begin_test("bias", 300);
+  test_bias();
+  begin_test("expected shadows", 300);
+  test_expected();
+  test_kept();
   begin_test("oddities", 300);
   test_oddities();
   alarm(0);

@@ -310,25 +310,36 @@ static void test_layer_options(void) {
           o.experts = (int64_t)((UINT64_C(1) << e) + (e % 2)), refuse_layer(group, argument, memory, o);
   static const int32_t bad_k[] = {-1, E + 1, INT32_MAX, INT32_MIN};
   for (int i = 0; i < 4; i++) o = layer_options(), o.top_k = bad_k[i], refuse_layer(group, argument, argument, o);
-  static const int32_t bad_choice[] = {-1, 7, INT32_MAX};
+  static const int32_t bad_choice[] = {-1, 8, INT32_MAX};
   for (int i = 0; i < 3; i++) {
     o = layer_options(), o.activation = bad_choice[i], refuse_layer(group, argument, options_status, o);
     o = layer_options(), o.gate = bad_choice[i], refuse_layer(group, argument, options_status, o);
   }
-  for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_HIERARCHICAL; gate++) {
-    const int has_room = gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD, is_near = gate >= FMOE_GATE_TOPOLOGY;
+  for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_SWIPE; gate++) {
+    const int has_room = gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD;
+    const int is_near = gate == FMOE_GATE_TOPOLOGY || gate == FMOE_GATE_HIERARCHICAL;
+    const int has_bias = has_room || is_near || gate == FMOE_GATE_TOPK;
     const double bad[] = {-1, NAN, INFINITY, -INFINITY, 1.5};
     for (int i = 0; i < 5; i++) {
       o = layer_options(), o.gate = gate, o.top_k = 0, o.remote_share = bad[i];
       refuse_layer(group, argument, options_status, o);
       o = layer_options(), o.gate = gate, o.top_k = 0, o.capacity_factor = bad[i];
       if (!has_room || i < 4) refuse_layer(group, argument, options_status, o);
+      o = layer_options(), o.gate = gate, o.top_k = 0, o.bias_step = bad[i];
+      refuse_layer(group, argument, options_status, o);
+      o = layer_options(), o.gate = gate, o.top_k = 0, o.input_jitter = bad[i];
+      refuse_layer(group, argument, argument, o);
     }
-    o = layer_options(), o.gate = gate, o.top_k = 0, o.drop = has_room ? 2 : 1;
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.input_jitter = 1;
+    refuse_layer(group, argument, argument, o);
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.bias_step = 1;
+    if (!has_bias) refuse_layer(group, options_status, options_status, o);
+    o = layer_options(), o.gate = gate, o.top_k = 0, o.drop = has_room ? 4 : 1;
     refuse_layer(group, options_status, options_status, o);
     o = layer_options(), o.gate = gate, o.top_k = 0, o.reserved = 1;
     refuse_layer(group, options_status, options_status, o);
     o = layer_options(), o.gate = gate, o.top_k = 0, o.capacity_factor = 1e300 * has_room, o.remote_share = is_near;
+    o.bias_step = has_bias, o.input_jitter = 0.99, o.drop = has_room ? FMOE_DROP_UNIMPORTANT : 0;
     layer = layer_with(group, o), fmoe_layer_destroy(layer);
   }
   o = layer_options(), o.gate = FMOE_GATE_BASE, o.top_k = 2, refuse_layer(group, options_status, options_status, o);

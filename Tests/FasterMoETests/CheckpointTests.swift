@@ -76,6 +76,23 @@ import Testing
     }
   }
 
+  /// A bias is a value that nobody learns by gradients: it is there once, whatever AdamW remembers.
+  @Test(arguments: [false, true]) func aBiasIsAValueAlone(hasMoments: Bool) throws {
+    let shape = try Self.shape(.gelu)
+    let plain = Contents(shape, isNoisy: false, hasMoments: hasMoments)
+    let biased = Contents(shape, isNoisy: false, hasBias: true, hasMoments: hasMoments)
+    let more = biased.tensors.filter { !plain.tensors.contains($0) }
+    #expect(more.map(\.name) == ["gate.bias"] && more[0].shape == [shape.experts] && more[0].part.isOfAll)
+    #expect(biased.tensors.count == plain.tensors.count + 1)
+    #expect(try Contents.match(biased.stored, shape, isNoisy: false, hasBias: true).0 == biased)
+    for (found, hasBias) in [(plain, true), (biased, false)] {
+      let failure = #expect(throws: Failure.self) {
+        _ = try Contents.match(found.stored, shape, isNoisy: false, hasBias: hasBias)
+      }
+      #expect(failure!.message.contains("\"gate.bias\""))
+    }
+  }
+
   @Test func whatDiffersIsNamed() throws {
     let shape = try Self.shape(.gelu)
     let stored = Contents(shape, isNoisy: false, hasMoments: true).stored

@@ -11,6 +11,7 @@ private struct Election {
   /// [W, E] as the first worker knows them.
   var counts: [[Int]] = []
   var shares: [Float] = []
+  var loads: [Double] = []
   var moved = 0
   /// [E] over all workers.
   var totals: [Int] { counts[0].indices.map { expert in counts.reduce(0) { $0 + $1[expert] } } }
@@ -24,13 +25,17 @@ private struct Spread {
   /// [W, E] and how many levels there are.
   var crossings: [[Int32]] = []
   var levels = 0
+  /// [E] of gates that choose by one.
+  var bias: [Float] = []
   /// What links say may leave a place.
   var measured: Double?
   var pass: UInt64 = 1
 }
 
 /// Runs a gate's rule on `logits` [n, E] as the layer does: choose, weigh, settle, tell, hear.
-private func elect(_ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spread: Spread) throws -> Election {
+private func elect(
+  _ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spread: Spread, mayRepeat: Bool = false
+) throws -> Election {
   let experts = logits.first?.count ?? 4
   let (workers, padded) = (spread.tokens.count, Panels.padded(experts))
   let numbers = gate.numbersTold(choices: k)
@@ -41,13 +46,16 @@ private func elect(_ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spre
     let (n, first) = (spread.tokens[worker], spread.tokens[..<worker].reduce(0, +))
     func lay(_ arena: inout Arena) -> GateBatch {
       let crossings: UnsafeMutablePointer<Int32> = arena.take(experts)
+      let bias: UnsafeMutablePointer<Float> = arena.take(padded)
       return GateBatch(
         tokens: n, choices: k, experts: experts, rank: worker, workers: workers, firstToken: first,
         tokensOfAll: logits.count, isTraining: spread.isTraining, random: RandomStream(seed: 3, stream: spread.pass),
         scores: Panels(arena.take(n * padded), width: experts), picks: arena.take(n * k), weights: arena.take(n * k),
-        crossings: crossings, levels: spread.levels, measuredShare: spread.measured,
+        bias: spread.bias.isEmpty ? nil : UnsafePointer(bias), crossings: crossings, levels: spread.levels,
+        measuredShare: spread.measured,
         told: arena.take(workers * numbers * experts), numbers: numbers,
-        scratch: arena.take(gate.scratch(tokens: n, choices: k, experts: experts)), logits: arena.take(padded),
+        loads: arena.take(experts), scratch: arena.take(gate.scratch(tokens: n, choices: k, experts: experts)),
+        logits: arena.take(padded),
         probabilities: arena.take(padded))
     }
     var size = Arena()
@@ -58,11 +66,15 @@ private func elect(_ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spre
     if !spread.crossings.isEmpty {
       UnsafeMutablePointer(mutating: batch.crossings).update(from: spread.crossings[worker], count: experts)
     }
+    if let bias = batch.bias { UnsafeMutablePointer(mutating: bias).update(from: spread.bias, count: experts) }
     for token in 0..<n {
       for expert in 0..<experts {
         batch.scores.block(expert / 16, row: token, of: n)[expert % 16] = logits[first + token][expert]
       }
       batch.readScores(token)
+      if batch.bias != nil {
+        for expert in 0..<experts { batch.logits[expert] = batch.preference(token, expert) }
+      }
       TopK.choose(batch.logits, experts: experts, choices: k, into: batch.picks + token * k)
       batch.weigh(token, by: gate.weighing)
     }
@@ -74,10 +86,22 @@ private func elect(_ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spre
       batch.told(by: other.rank).update(from: other.told(by: other.rank), count: numbers * experts)
     }
   }
+  var heard: [(counts: [UInt32], shares: [Float])] = []
   for batch in batches {
     var counts = [UInt32](repeating: 9, count: workers * experts)
     var shares = [Float](repeating: 9, count: experts)
-    gate.hear(batch, counts: &counts, shares: &shares)
+    result.moved += gate.hear(batch, counts: &counts, shares: &shares)
+    heard.append((counts, shares))
+  }
+  for batch in batches where gate.tellsAgain {
+    var counts = [UInt32](repeating: 9, count: experts)
+    batch.count(into: &counts)
+    let own = batch.rank * experts..<(batch.rank + 1) * experts
+    for worker in 0..<workers { heard[worker].counts.replaceSubrange(own, with: counts) }
+  }
+  for batch in batches {
+    let (counts, shares) = heard[batch.rank]
+    result.loads = (0..<experts).map { batch.loads[$0] }
     let rows = (0..<workers).map { worker in (0..<experts).map { Int(counts[worker * experts + $0]) } }
     if batch.rank == 0 { (result.counts, result.shares) = (rows, shares) }
     #expect(rows == result.counts && shares == result.shares, "all workers know the same")
@@ -89,7 +113,7 @@ private func elect(_ gate: any Gate, _ logits: [[Float]], choices k: Int, _ spre
   for (picks, weights) in zip(result.picks, result.weights) {
     for (pick, weight) in zip(picks, weights) where pick < 0 { #expect(weight == 0) }
     let live = picks.filter { $0 >= 0 }
-    #expect(Set(live).count == live.count, "a token has an expert once")
+    #expect(mayRepeat || Set(live).count == live.count, "a token has an expert once")
   }
   withExtendedLifetime(memory) {}
   return result
@@ -193,7 +217,7 @@ private func degenerate(_ tokens: Int, _ experts: Int) -> [[[Float]]] {
     #expect(capacity.rows(of: 0, choices: 2, experts: 64, isTraining: true) == 0)
   }
 
-  @Test(arguments: [Capacity.Dropping.last, .lightest])
+  @Test(arguments: [Capacity.Dropping.last, .lightest, .random, .unimportant])
   func noExpertTakesMoreThanItsRoom(dropping: Capacity.Dropping) throws {
     var numbers = Numbers(42)
     for (n, experts, k) in [(50, 4, 1), (50, 4, 2), (64, 16, 3), (1, 4, 2), (3, 8, 1), (0, 4, 1)] {
@@ -254,6 +278,41 @@ private func degenerate(_ tokens: Int, _ experts: Int) -> [[[Float]]] {
     }
   }
 
+  /// What each way to drop keeps of one worker's first and second choices, said as an order of them all.
+  @Test(arguments: [Capacity.Dropping.lightest, .random, .unimportant])
+  func roomGoesToTheFirstInAnOrder(dropping: Capacity.Dropping) throws {
+    var numbers = Numbers(46)
+    let (n, experts, k) = (40, 4, 2)
+    let logits = skewed(&numbers, n, experts)
+    let free = try elect(
+      SwitchGate(Capacity(factor: 100, inEvaluation: 100)), logits, choices: k, Spread(tokens: [n], pass: 9))
+    let draws = RandomStream(seed: 3, stream: 9)
+    func comesBefore(_ a: (token: Int, choice: Int), _ b: (token: Int, choice: Int)) -> Bool {
+      func order(_ of: (token: Int, choice: Int)) -> (Int, Float) {
+        switch dropping {
+        case .random: (0, -draws.share(1 << 40 + of.token * k + of.choice))
+        case .unimportant: (of.choice, -free.weights[of.token][0])
+        default: (0, -free.weights[of.token][of.choice])
+        }
+      }
+      return order(a) != order(b) ? order(a) < order(b) : (a.choice, a.token) < (b.choice, b.token)
+    }
+    for isTraining in [true, false] {
+      let capacity = Capacity(factor: 0.5, inEvaluation: 0.5, dropping: dropping)
+      let spread = Spread(tokens: [n], isTraining: isTraining, pass: 9)
+      let kept = try elect(SwitchGate(capacity), logits, choices: k, spread)
+      var expected = free.picks
+      for expert in 0..<experts {
+        var all = (0..<k).flatMap { choice in (0..<n).map { (token: $0, choice: choice) } }
+          .filter { free.picks[$0.token][$0.choice] == expert }
+        // Without chance, those that come first are kept.
+        if dropping != .random || isTraining { all.sort(by: comesBefore) }
+        for (token, choice) in all.dropFirst(10) { expected[token][choice] = -1 }
+      }
+      #expect(kept.picks == expected && expected.joined().contains(-1))
+    }
+  }
+
   /// GShard, Algorithm 1, with what is drawn read from the same stream.
   @Test func gshardTakesSecondChoicesByChance() throws {
     var numbers = Numbers(45)
@@ -293,6 +352,115 @@ private func degenerate(_ tokens: Int, _ experts: Int) -> [[[Float]]] {
     let draws = (0..<20_000).map { one.share($0) }
     #expect(draws.allSatisfy { $0 >= 0 && $0 < 1 } && abs(draws.reduce(0, +) / 20_000 - 0.5) < 0.01)
     #expect((0..<20_000).count { one.share($0) == other.share($0) } < 20)
+  }
+}
+
+@Suite struct BalanceTests {
+  // MARK: Bias
+
+  /// Towards the mean, nowhere at it, and as far for all.
+  @Test func aBiasMovesTowardsBalance() {
+    var bias: [Float] = [0, 0.5, -1, 2]
+    Bias.move(&bias, loads: [10, 20, 30, 20], experts: 4, step: 0.25)
+    #expect(bias == [0.25, 0.5, -1.25, 2])
+    Bias.move(&bias, loads: [0, 0, 0, 0], experts: 4, step: 0.25)
+    #expect(bias == [0.25, 0.5, -1.25, 2], "nobody was chosen")
+    var uneven: [Float] = [0, 0, 0]
+    Bias.move(&uneven, loads: [33, 33, 34], experts: 3, step: 1)
+    #expect(uneven == [1, 1, -1], "no load is the mean of 100 over 3")
+  }
+
+  /// A bias alone evens out scores that are all for the first experts, and weights are as without it.
+  @Test(arguments: [1, 2]) func aBiasBalancesWithoutALoss(choices k: Int) throws {
+    var numbers = Numbers(47)
+    let (n, experts) = (512, 8)
+    let logits = (0..<n).map { _ in numbers.array(experts).enumerated().map { $1 - Float($0) / 2 } }
+    func fullest(_ totals: [Int]) -> Double { Double(totals.max()! * experts) / Double(n * k) }
+    var spread = Spread(tokens: [200, 0, 312], bias: Array(repeating: 0, count: experts))
+    let free = try elect(TopKGate(), logits, choices: k, spread)
+    #expect(fullest(free.totals) > 2)
+    #expect(try elect(TopKGate(), logits, choices: k, Spread(tokens: [n])).picks == free.picks, "0 changes nothing")
+    var last = free
+    for _ in 0..<400 {
+      Bias.move(&spread.bias, loads: last.loads, experts: experts, step: 0.002)
+      last = try elect(TopKGate(), logits, choices: k, spread)
+    }
+    #expect(fullest(last.totals) < 1.15, "\(last.totals)")
+    for token in 0..<n {
+      let scores = last.picks[token].map { exp(logits[token][$0]) }
+      let all = k == 1 ? logits[token].reduce(0) { $0 + exp($1) } : scores.reduce(0, +)
+      #expect(zip(last.weights[token], scores).allSatisfy { abs($0 - $1 / all) < 1e-5 })
+    }
+  }
+
+  // MARK: SWIPE
+
+  /// As many choices for each worker, none dropped, whatever the scores; what fits stays.
+  @Test func everyWorkerTakesAsMany() throws {
+    var numbers = Numbers(48)
+    let experts = 8
+    for k in 1...3 {
+      for tokens in [[10, 3, 0, 25], [1, 1, 1, 1], [0, 40, 0, 0], [7, 0], [31]] {
+        let (n, workers) = (tokens.reduce(0, +), tokens.count)
+        let each = experts / workers
+        for (kind, logits) in ([skewed(&numbers, n, experts)] + degenerate(n, experts)).enumerated() {
+          // A worker may have fewer experts than a token has choices: it then has one of them twice.
+          let got = try elect(SwipeGate(), logits, choices: k, Spread(tokens: tokens), mayRepeat: each < k)
+          let free = try elect(TopKGate(), logits, choices: k, Spread(tokens: tokens))
+          for worker in 0..<workers {
+            let rows = got.totals[worker * each..<(worker + 1) * each].reduce(0, +)
+            #expect(rows == n * k / workers + (worker < n * k % workers ? 1 : 0), "kind \(kind)")
+          }
+          #expect(got.shares == free.shares, "the loss is about what tokens wanted")
+          let differ = zip(got.picks.joined(), free.picks.joined()).count { $0 != $1 }
+          #expect(got.moved >= differ)
+          if workers == 1 { #expect(got.picks == free.picks && got.moved == 0) }
+          if workers == 1 && kind == 0 { #expect(got.weights == free.weights) }
+          let evaluated = try elect(SwipeGate(), logits, choices: k, Spread(tokens: tokens, isTraining: false))
+          #expect(evaluated.picks == free.picks && evaluated.moved == 0)
+        }
+      }
+    }
+  }
+
+  /// By hand: two workers with two experts each; all four tokens want expert 0.
+  @Test func whatDoesNotFitGoesToTheBestOfWhoeverHasRoom() throws {
+    let logits: [[Float]] = [[9, 1, 2, 3], [9, 1, 3, 2], [9, 1, 2, 3], [9, 1, 3, 2]]
+    for tokens in [[4, 0], [1, 3], [0, 4]] {
+      let got = try elect(SwipeGate(), logits, choices: 1, Spread(tokens: tokens))
+      #expect(got.picks == [[0], [0], [3], [2]] && got.moved == 2, "the first two fit, whosever they are")
+      let all = logits[2].reduce(0) { $0 + exp($1) }
+      #expect(abs(got.weights[2][0] - exp(3) / all) < 1e-6, "weights are by the scores of what is chosen now")
+    }
+  }
+
+  // MARK: Jitter
+
+  /// Within its bounds, about 1, by the token's place and column alone.
+  @Test func jitterDependsOnThePlaceAlone() throws {
+    let (rows, width, bound) = (30, 37, Float(0.1))
+    let jitter = Jitter(RandomStream(seed: 2, stream: 3), bound: bound, width: width)
+    var sum = 0.0
+    for first in [0, 12, 18] {
+      let memory = Memory(try Region(bytes: 4 * rows * 48, for: "a test"))
+      let base = memory.region.base.assumingMemoryBound(to: Float.self)
+      // Of all columns, and of those from 16 on.
+      for column in [0, 16] {
+        let panels = Panels(base, width: width - column)
+        let ones = [Float](repeating: 1, count: width)
+        ones.withUnsafeBufferPointer { ones in panels.fill(rows: rows - first) { _ in ones.baseAddress! } }
+        jitter.apply(to: panels, rows: rows - first, token: 100 + first, column: column)
+        for row in 0..<rows - first {
+          for at in 0..<width - column {
+            let got = panels.block(at / 16, row: row, of: rows - first)[at % 16]
+            let wanted = jitter.factors(100 + first + row, (column + at) / 16 * 16)[(column + at) % 16]
+            #expect(got == wanted && abs(got - 1) <= bound)
+            if first == 0 && column == 0 { sum += Double(got) }
+          }
+        }
+      }
+    }
+    #expect(abs(sum / Double(rows * width) - 1) < 0.01)
   }
 }
 
@@ -570,6 +738,97 @@ private func degenerate(_ tokens: Int, _ experts: Int) -> [[[Float]]] {
     #expect((0..<3).map { gate.budget($0, of: 1000) } == [500, 750, 875])
     #expect(NearGate(share: 0.14, .top).budget(0, of: 50) == 7 && NearGate(share: 0.14, .top).budget(0, of: 7) == 0)
     #expect(NearGate(share: 1, .every).budget(2, of: 9) == 9)
+  }
+
+  /// An expert that all will have a copy of is inside for everyone: it takes nothing of the budget, and who must stay inside
+  /// may have it.
+  @Test func whatWillBeShadowedCountsAsLocal() throws {
+    let logits: [[Float]] = [[0, 1, 5, 4], [2, 1, 3, 0], [9, 8, 0, 1]]
+    let spread = Spread(tokens: [3, 0], crossings: [[0, 0, 0, 1], [1, 1, 0, 0]], levels: 1)
+    let got = try elect(NearGate(share: 0.17, .top), logits, choices: 2, spread)
+    #expect(got.picks == [[2, 3], [2, 0], [0, 1]] && got.moved == 0, "one choice leaves, two are for the copy")
+    let none = try elect(NearGate(share: 0.01, .top), logits, choices: 2, spread)
+    #expect(none.picks == [[2, 1], [2, 0], [0, 1]] && none.moved == 1)
+  }
+
+  /// A plan is for what its gate counted as local; what leaves that open takes it, nothing may leave it out.
+  @Test func requestsKeepWhatTheGateCountedAsLocal() throws {
+    func request(_ shadowing: PlanRequest.Shadowing, _ shadows: [Int] = []) -> PlanRequest {
+      var request = PlanRequest()
+      (request.shadowing, request.shadows) = (shadowing, shadows)
+      return request
+    }
+    for open in [PlanRequest.Shadowing.best, .paper] {
+      let kept = try request(open).keeping([1, 4])
+      #expect(kept.shadowing == .given && kept.shadows == [1, 4])
+      #expect(try request(open).keeping([]).shadowing == .never)
+    }
+    #expect(try request(.given, [0, 1, 4]).keeping([1, 4]).shadows == [0, 1, 4])
+    #expect(try request(.everyExpert).keeping([1, 4]).shadowing == .everyExpert)
+    #expect(try request(.never).keeping([]).shadowing == .never)
+    #expect(throws: Failure.self) { try request(.given, [0, 1]).keeping([1, 4]) }
+    #expect(throws: Failure.self) { try request(.never).keeping([1]) }
+  }
+
+  /// Over slow links, with an expert that all tokens like: the set that a batch was found to want is what the next batch's
+  /// gate counts as local, and what its plan shadows, report or not.
+  @Test func thePlanShadowsWhatTheGateCountedAsLocal() throws {
+    let (workers, experts, n, d, hot) = (4, 8, 200, 32, 7)
+    let box = Mailbox()
+    onThreads(workers) { rank in
+      var options = Group.Options()
+      (options.threads, options.pins, options.timeout) = (1, false, Seconds(60))
+      let machine = strdup("pack:2 numa:2 core:1 pu:1")!
+      defer { free(machine) }
+      options.topology = UnsafePointer(machine)
+      let group = try Group.over(Mailbox.Seat(rank, workers, box), options, failure: nil)
+      let flops = SIMD8<Double>(repeating: 1e10)
+      let rates = ComputeRates(products: flops, weightGrads: flops, rowHandling: ByteRate(1e9))
+      group.take(
+        Calibration(
+          rates: Array(repeating: rates, count: workers),
+          withinHosts: Calibration.Link(latency: Seconds(1e-6), rate: ByteRate(1e7)), betweenHosts: nil,
+          messageSlowdown: 1))
+      let shape = try Shape(model: d, hidden: 8, experts: experts, choices: 2, activation: .gelu)
+      let layer = try Layer.together(group) { Layer.Options(shape, gate: NearGate(share: 0.1, .top), seed: 3) }
+      let plain = try Layer.together(group) { Layer.Options(shape, seed: 3) }
+      for expert in 0..<experts { layer.valueTensors.gate[expert * d] = expert == hot ? 4 : 0 }
+      var numbers = Numbers(UInt64(62 + rank))
+      var tokens = numbers.array(n * d)
+      for token in 0..<n { tokens[token * d] = 1 }
+      func step(_ layer: Layer, planned: Bool) throws -> (shadows: [Int], report: Int?, leaving: [Int]) {
+        try tokens.withUnsafeBufferPointer { tokens in
+          var output = [Float](repeating: 0, count: n * d)
+          let pass = try layer.gate(tokens: tokens.baseAddress, count: n)
+          let report = planned ? try pass.plan(wantsReport: true) { PlanRequest() } : nil
+          try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+          defer { pass.end() }
+          let picks = UnsafeBufferPointer(start: pass.routing.choices, count: 2 * n)
+          return (
+            pass.shadows, report?.shadows,
+            picks.compactMap { $0 >= 0 && layer.crossings[Int($0)] == 2 ? Int($0) : nil }
+          )
+        }
+      }
+      let budget = 2 * n / 10
+      let first = try step(layer, planned: true)
+      #expect(first.shadows == [] && first.report == 0 && first.leaving.count <= budget)
+      let wanted = layer.awaited
+      #expect(wanted.contains(hot) || rank / 2 == 1 && !wanted.isEmpty, "\(wanted)")
+      let second = try step(layer, planned: true)
+      #expect(second.shadows == wanted && second.report == wanted.count)
+      #expect(second.leaving.count { !wanted.contains($0) } <= budget)
+      if rank < 2 && wanted.contains(hot) { #expect(second.leaving.count { $0 == hot } > budget, "as if it were here") }
+      let third = layer.awaited
+      #expect(try step(layer, planned: false).shadows == third, "also where nobody calls plan")
+      try layer.awaitShadows([1, 2])
+      #expect(try step(layer, planned: true).shadows == [1, 2] && layer.awaited == [1, 2], "the host knows better")
+      try layer.awaitShadows(nil)
+      #expect(try step(layer, planned: true).shadows == [] && !layer.awaited.isEmpty)
+      // Other gates have shadows chosen for the batch itself.
+      #expect(try step(plain, planned: true).report != nil && plain.awaited.isEmpty)
+      #expect(throws: Failure.self) { try plain.awaitShadows([1]) }
+    }
   }
 
   /// A share that was given counts more than a measured one, and that more than the usual one.

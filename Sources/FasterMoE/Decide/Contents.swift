@@ -16,8 +16,8 @@ package struct Contents: Equatable {
   }
   /// A tensor of such a block; those of the gate are every worker's, of the others each worker has its experts' part.
   package enum Part: CaseIterable, Sendable {
-    case gate, noise, inward, inwardBias, outward, outwardBias, inwardLinear
-    package var isOfAll: Bool { self == .gate || self == .noise }
+    case gate, noise, bias, inward, inwardBias, outward, outwardBias, inwardLinear
+    package var isOfAll: Bool { self == .gate || self == .noise || self == .bias }
   }
 
   package struct Tensor: Equatable, Sendable {
@@ -36,8 +36,8 @@ package struct Contents: Equatable {
   package let tensors: [Tensor]
   package let hasMoments: Bool
 
-  /// `isNoisy`: whether the gate also learns the width of its noise.
-  package init(_ shape: Shape, isNoisy: Bool, hasMoments: Bool) {
+  /// `isNoisy`: whether the gate also learns the width of its noise; `hasBias`: whether it balances by a bias.
+  package init(_ shape: Shape, isNoisy: Bool, hasBias: Bool = false, hasMoments: Bool) {
     self.hasMoments = hasMoments
     let (d, h) = (shape.model, shape.hidden)
     let parts: [(Part, String, [Int])] =
@@ -49,7 +49,11 @@ package struct Contents: Equatable {
       ]
     let gates: [(Part, String)] =
       isNoisy ? [(.gate, "gate.weight"), (.noise, "gate.noise.weight")] : [(.gate, "gate.weight")]
-    tensors = (hasMoments ? Block.allCases : [.values]).flatMap { block in
+    // Nobody takes steps on the bias by gradients.
+    let biases =
+      hasBias
+      ? [Tensor(name: "gate.bias", shape: [shape.experts], block: .values, part: .bias, expert: 0)] : []
+    let learned = (hasMoments ? Block.allCases : [.values]).flatMap { block in
       gates.map { part, name in
         Tensor(name: "\(block.prefix)\(name)", shape: [shape.experts, d], block: block, part: part, expert: 0)
       }
@@ -60,6 +64,7 @@ package struct Contents: Equatable {
           }
         }
     }
+    tensors = biases + learned
   }
 
   /// As they are laid out in a file: the steps first, which are 8 bytes and stand on a multiple of them.
@@ -76,10 +81,11 @@ package struct Contents: Equatable {
   /// The contents of a file that holds `found`, and for each found tensor its number among these, nil for the steps.
   ///
   /// Fails, naming the tensor, unless a layer of this shape has all of them, just like that, and no others.
-  package static func match(_ found: [Safetensors.Tensor], _ shape: Shape, isNoisy: Bool) throws(Failure) -> (
-    Contents, [Int?]
-  ) {
-    let contents = Contents(shape, isNoisy: isNoisy, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
+  package static func match(
+    _ found: [Safetensors.Tensor], _ shape: Shape, isNoisy: Bool, hasBias: Bool = false
+  ) throws(Failure) -> (Contents, [Int?]) {
+    let contents = Contents(
+      shape, isNoisy: isNoisy, hasBias: hasBias, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
     var places: [String: Int] = [:]
     for (place, tensor) in found.enumerated() { places[tensor.name] = place }
     var numbers = [Int?](repeating: nil, count: found.count)

@@ -25,6 +25,9 @@ package struct PlanRequest {
     }
   }
 
+  /// Whether shadows are left to be chosen by prediction.
+  package var isChoosing: Bool { shadowing == .best || shadowing == .paper }
+
   /// Whether anything is left to be chosen by prediction.
   package var isOpen: Bool {
     switch shadowing {
@@ -36,9 +39,31 @@ package struct PlanRequest {
   /// What must be equal on all ranks.
   package var same: (UInt64, UInt64, UInt64) {
     let kinds = UInt64(shadowing.rawValue) << 8 | UInt64(schedule.rawValue)
-    // FNV-1a: sets that differ must not look the same, but for a chance in 2^64.
-    let set = shadows.reduce(0xcbf2_9ce4_8422_2325 as UInt64) { ($0 ^ UInt64($1)) &* 0x100_0000_01b3 }
-    return (kinds, UInt64(bitPattern: Int64(groupSize)), set)
+    return (kinds, UInt64(bitPattern: Int64(groupSize)), PlanRequest.hash(of: shadows))
+  }
+
+  /// FNV-1a: sets that differ must not look the same, but for a chance in 2^64.
+  package static func hash(of shadows: [Int]) -> UInt64 {
+    shadows.reduce(0xcbf2_9ce4_8422_2325 as UInt64) { ($0 ^ UInt64($1)) &* 0x100_0000_01b3 }
+  }
+
+  /// The same request of a pass whose gate counted the experts `awaited` as local: where shadows are left open it is for
+  /// exactly these. Fails if it leaves one of them out.
+  package func keeping(_ awaited: [Int]) throws(Failure) -> PlanRequest {
+    var kept = self
+    switch shadowing {
+    case .best, .paper:
+      kept.shadowing = awaited.isEmpty ? .never : .given
+      kept.shadows = awaited
+    case .never, .given:
+      if let left = awaited.first(where: { !shadows.contains($0) }) {
+        throw Failure(
+          .argument,
+          "expert \(left) must be shadowed: the gate counted it as local, by fmoe_layer_expect_shadows or a prediction")
+      }
+    case .everyExpert: break
+    }
+    return kept
   }
 }
 

@@ -12,7 +12,7 @@ extension Layer {
       try group.agree(.save, own, same: same(UInt64(moments.map { $0.steps + 1 } ?? 0)), words: courier.words(moments)))
     let outcome = failure { () throws(Failure) in
       try courier.run { () throws(Failure) in
-        let contents = Contents(shape, isNoisy: rule.isNoisy, hasMoments: moments != nil)
+        let contents = Contents(shape, isNoisy: rule.isNoisy, hasBias: values.bias != nil, hasMoments: moments != nil)
         let file = try Safetensors.Writer(path!, contents.stored)
         if let moments {
           var steps = Int64(moments.steps).littleEndian
@@ -49,7 +49,8 @@ extension Layer {
       try courier.run { () throws(Failure) in
         let reader = try Safetensors.Reader(path!)
         do throws(Failure) {
-          (contents, numbers) = try Contents.match(reader.tensors, shape, isNoisy: rule.isNoisy)
+          (contents, numbers) = try Contents.match(
+            reader.tensors, shape, isNoisy: rule.isNoisy, hasBias: values.bias != nil)
         } catch {
           throw error.kind == .file ? reader.file.complaint(error.message) : error
         }

@@ -1,7 +1,10 @@
 /// How a pass finds out which experts each token goes to, and what all workers have for them.
 extension Pass {
   /// The layer's gate is to choose.
-  func gate() { isGated = true }
+  func gate() {
+    isGated = true
+    if layer!.rule.limitsPlaces { awaited = layer!.awaited }
+  }
 
   /// The caller has chosen.
   func route(_ choices: UnsafePointer<Int32>?, _ weights: UnsafePointer<Float>?) {
@@ -21,27 +24,40 @@ extension Pass {
     self.number = number
     let rule: any Gate = isGated ? layer.rule : TopKGate()
     let desk = workspace.desk(0)
+    store.crossings.update(from: layer.crossings, count: shape.experts)
+    for expert in awaited ?? [] { store.crossings[expert] = 0 }
+    let bias = isGated ? store.bias : nil
+    if let bias { bias.update(from: layer.values.bias!, count: shape.experts) }
     random = RandomStream(seed: layer.seed, stream: Pass.firstStream + UInt64(number))
     firstToken = (0..<group.rank).reduce(0) { $0 + tokens($1) }
     let batch = GateBatch(
       tokens: count, choices: shape.choices, experts: shape.experts, rank: group.rank, workers: group.size,
       firstToken: firstToken, tokensOfAll: (0..<group.size).reduce(0) { $0 + tokens($1) }, isTraining: isTraining,
       random: random, scores: store.logits, picks: store.routing.choices, weights: store.routing.weights,
-      crossings: layer.crossings, levels: group.levels.count, measuredShare: measuredShare, told: store.told,
-      numbers: rule.numbersTold(choices: shape.choices), scratch: store.scratch, logits: desk.logits,
-      probabilities: desk.probabilities)
+      bias: bias, crossings: store.crossings, levels: group.levels.count, measuredShare: measuredShare,
+      told: store.told,
+      numbers: rule.numbersTold(choices: shape.choices), loads: store.loads, scratch: store.scratch,
+      logits: desk.logits, probabilities: desk.probabilities)
     if isGated { run(.gate, count) }
     moved = rule.settle(batch)
     let varies = isGated && isTraining && layer.variation != 0
     if isGated && (varies || layer.losses.needProbabilities) { sumTasks() }
     if varies { VariationLoss.tell(store.expertSums, experts: shape.experts, batch.told(by: batch.rank)) }
     wasReady = .now
-    try group.peers.gather(
-      batch.told(by: group.rank), bytes: batch.numbers * shape.experts * MemoryLayout<UInt32>.stride, into: batch.told,
-      from: .call)
+    func tell() throws(Failure) {
+      try group.peers.gather(
+        batch.told(by: group.rank), bytes: batch.numbers * shape.experts * MemoryLayout<UInt32>.stride,
+        into: batch.told, from: .call)
+    }
+    try tell()
     recordMeeting(.meetCounts)
     store.shares.update(repeating: 0, count: Panels.padded(shape.experts))
-    rule.hear(batch, counts: store.traffic.counts, shares: store.shares)
+    moved += rule.hear(batch, counts: store.traffic.counts, shares: store.shares)
+    if rule.tellsAgain {
+      batch.count(into: batch.told(by: group.rank))
+      try tell()
+      batch.takeCounts(store.traffic.counts)
+    }
     store.routing.count(slots: count * shape.choices, experts: shape.experts)
     for worker in 0..<group.size where store.traffic.rows(at: worker) > Int(Int32.max) {
       throw Failure(
@@ -58,6 +74,8 @@ extension Pass {
 
   /// Streams before are those of the parameters.
   private static let firstStream: UInt64 = 1 << 32
+  /// What the gate's input is jittered by has streams of its own, behind those of 2^47 passes.
+  static let firstJitter: UInt64 = 1 << 48
 
   /// Adds up what the gate's tasks have left of their tokens, in the order of tasks.
   private func sumTasks() {

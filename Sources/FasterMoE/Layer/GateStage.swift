@@ -10,6 +10,7 @@ extension PassContext {
     let (d, padded) = (shape.model, Panels.padded(shape.experts))
     while case let task = team.take(), let rows = gateRows(task) {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
+      jitter?.apply(to: desk.tokens, rows: rows.count, token: firstToken + rows.lowerBound)
       let scores = product(desk.tokens, Factor(transposing: layer.values.gate, depth: d, columns: layer.columns))
       forEachTile(rows.count, scores) { column, first, high, tile, _ in
         store.logits.put(tile, high: high, row: rows.lowerBound + first, column: column)
@@ -44,10 +45,18 @@ extension PassContext {
     }
   }
 
-  /// Chooses by the scores of the desk and weighs; leaves the scores without those that were chosen in `logits`.
+  /// Chooses by the scores of the desk, and by the bias where there is one, and weighs; leaves the scores without those that were chosen in `logits`.
   private func choose(into picks: UnsafeMutablePointer<Int32>, _ weights: UnsafeMutablePointer<Float>) {
     let (k, experts) = (shape.choices, shape.experts)
-    desk.logits.update(from: desk.scores, count: Panels.padded(experts))
+    let padded = Panels.padded(experts)
+    if let bias = store.bias {
+      for block in stride(from: 0, to: padded, by: 16) {
+        desk.logits.store(Bias.preference(desk.scores.vector(at: block), bias.vector(at: block)), at: block)
+      }
+      for expert in experts..<padded { desk.logits[expert] = -.infinity }
+    } else {
+      desk.logits.update(from: desk.scores, count: padded)
+    }
     TopK.choose(desk.logits, experts: experts, choices: k, into: picks)
     layer.rule.weighing.weigh(
       picks, choices: k, logits: desk.scores, probabilities: desk.probabilities, into: weights)
@@ -68,8 +77,9 @@ extension PassContext {
           for block in stride(from: column, to: min(column + Strip.width, d), by: 16) {
             let width = min(16, d - block)
             let sum = sumOfRows(token, block, width, weighted: false)
-            gradTokens.store(
-              sum + tile.vector(at: i * Strip.width + block - column), at: token * d + block, first: width)
+            var throughGate = tile.vector(at: i * Strip.width + block - column)
+            if let jitter { throughGate *= jitter.factors(firstToken + token, block) }
+            gradTokens.store(sum + throughGate, at: token * d + block, first: width)
           }
         }
       }
@@ -81,6 +91,7 @@ extension PassContext {
       var task = 0
       while let rows = gateRows(task) {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
+        jitter?.apply(to: columns, rows: rows.count, token: firstToken + rows.lowerBound, column: column)
         addOuter(
           store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
           to: layer.gradients.gate + column, stride: d, false)

@@ -11,9 +11,19 @@ package final class Layer {
   let variation: Double
   /// Of the gate's matrix: E, or 2·E where it also learns the width of its noise.
   let columns: Int
+  /// How far the gate's input is jittered in training; 0: not at all.
+  let jitter: Float
+  /// By how much the bias of each expert moves after a batch; 0: there is none.
+  let biasStep: Float
+  var hasBias: Bool { biasStep > 0 }
   let seed: UInt64
   /// Whether the gate does what it only does in training; equal on all ranks whenever they gate.
   package var isTraining = true
+  /// The experts that will be shadowed in passes which the gate begins later, rising; equal on all ranks whenever they gate.
+  /// Only a gate that limits what leaves a place asks for that: it counts them as local, so the passes must shadow them.
+  private(set) var awaited: [Int] = []
+  /// Whether predictions say which.
+  private var awaitsPredicted = true
   /// [E] how many levels of the tree of places a row of this worker crosses on its way to each expert.
   let crossings: UnsafeMutablePointer<Int32>
   /// The experts that this worker owns.
@@ -37,16 +47,19 @@ package final class Layer {
     /// What else must be equal on all ranks for their gates to be.
     package let gateNumbers: SIMD4<UInt64>
     package let losses: RouterLosses
+    package let jitter: Float
+    package let biasStep: Float
     package let seed: UInt64
 
     package init(
       _ shape: Shape, gate: any Gate = TopKGate(), gateNumbers: SIMD4<UInt64> = .zero,
-      losses: RouterLosses = RouterLosses(), seed: UInt64
+      losses: RouterLosses = RouterLosses(), jitter: Float = 0, biasStep: Float = 0, seed: UInt64
     ) {
       self.shape = shape
       self.gate = gate
       self.gateNumbers = gateNumbers
       self.losses = losses
+      (self.jitter, self.biasStep) = (jitter, biasStep)
       self.seed = seed
     }
 
@@ -62,7 +75,8 @@ package final class Layer {
       func pair(_ high: Int, _ low: Int) -> UInt64 { UInt64(high) << 32 | UInt64(low) }
       return [
         pair(shape.model, shape.hidden), pair(shape.experts, shape.choices), activation << 32 | gateNumbers[0], seed,
-        losses.balance.bitPattern, losses.z.bitPattern, gateNumbers[1], gateNumbers[2] ^ gateNumbers[3],
+        losses.balance.bitPattern, losses.z.bitPattern, gateNumbers[1],
+        gateNumbers[2] ^ pair(Int(jitter.bitPattern), Int(biasStep.bitPattern)) ^ gateNumbers[3],
       ]
     }
   }
@@ -91,11 +105,12 @@ package final class Layer {
     losses = RouterLosses(balance: rule.isNoisy ? 0 : options.losses.balance, z: options.losses.z)
     variation = rule.isNoisy ? options.losses.balance : 0
     columns = shape.experts * (rule.isNoisy ? 2 : 1)
+    (jitter, biasStep) = (options.jitter, options.biasStep)
     seed = options.seed
     number = group.layers
     let each = shape.experts / group.size
     owned = group.rank * each..<(group.rank + 1) * each
-    values = try Parameters(shape, columns: columns, owned: each)
+    values = try Parameters(shape, columns: columns, owned: each, hasBias: options.biasStep > 0)
     gradients = try Parameters(shape, columns: columns, owned: each)
     zeroing = Zeroing(gradients.base, gradients.floats, group.team)
     crossings = .allocate(capacity: shape.experts)
@@ -142,11 +157,26 @@ package final class Layer {
 
   deinit { crossings.deallocate() }
 
+  /// Has the host say which experts will be shadowed, or with nil leaves it to predictions, anew.
+  package func awaitShadows(_ shadows: [Int]?) throws(Failure) {
+    guard rule.limitsPlaces else {
+      throw Failure(.argument, "the layer's gate limits nothing, so it asks for no shadows before it chooses")
+    }
+    awaited = shadows ?? []
+    awaitsPredicted = shadows == nil
+  }
+
+  /// Takes what was predicted best for a batch as what will be best for the next one.
+  func awaitPredicted(_ shadows: [Int]) { if awaitsPredicted { awaited = shadows } }
+
+  /// Whether predictions of the best shadows are of use.
+  var wantsPredicted: Bool { rule.limitsPlaces && awaitsPredicted }
+
   /// Tensors by name, borrowed for the layer's life.
   package struct Tensors {
     package let gate: UnsafeMutablePointer<Float>
     package let inward, outward: UnsafeMutablePointer<Float>
-    package let inwardLinear, inwardBias, outwardBias, noise: UnsafeMutablePointer<Float>?
+    package let inwardLinear, inwardBias, outwardBias, noise, bias: UnsafeMutablePointer<Float>?
   }
 
   package var valueTensors: Tensors { Layer.tensors(values) }
@@ -222,7 +252,8 @@ package final class Layer {
     let own = failure { () throws(Failure) in begun = try begin() }
     do throws(Failure) {
       let all = try group.agree(
-        call, own, same: [UInt64(number), UInt64(passes), isTraining ? 1 : 0, 0, 0, 0, 0, 0],
+        call, own,
+        same: [UInt64(number), UInt64(passes), isTraining ? 1 : 0, PlanRequest.hash(of: awaited), 0, 0, 0, 0],
         words: Notice.Words(number: max(0, n)))
       passes += 1
       try begun!.choose(number: passes) { Int(all[$0].words.number) }
@@ -277,7 +308,8 @@ package final class Layer {
   private static func tensors(_ block: borrowing Parameters) -> Tensors {
     Tensors(
       gate: block.gate, inward: block.inward, outward: block.outward, inwardLinear: block.inwardLinear,
-      inwardBias: block.inwardBias, outwardBias: block.outwardBias, noise: block.noise)
+      inwardBias: block.inwardBias, outwardBias: block.outwardBias, noise: block.noise,
+      bias: block.bias)
   }
 }
 

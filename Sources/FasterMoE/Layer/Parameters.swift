@@ -13,11 +13,13 @@ struct Parameters: ~Copyable {
   let outwardBias: UnsafeMutablePointer<Float>?
   /// [E, d], of noisy gates.
   let noise: UnsafeMutablePointer<Float>?
+  /// [E] of gates that balance by it; behind all else, so that blocks with it and without are laid out alike.
+  let bias: UnsafeMutablePointer<Float>?
   let floats: Int
   private let region: Region
 
   /// The gate's matrix has so many `columns`: E, or twice that.
-  init(_ shape: Shape, columns: Int, owned: Int) throws(Failure) {
+  init(_ shape: Shape, columns: Int, owned: Int, hasBias: Bool = false) throws(Failure) {
     func lay(_ arena: inout Arena) -> [UnsafeMutablePointer<Float>?] {
       let matrix = owned * shape.model * shape.hidden
       let gated = shape.activation.isGated
@@ -25,6 +27,7 @@ struct Parameters: ~Copyable {
         arena.take(columns * shape.model), arena.take(matrix),
         gated ? nil : arena.take(owned * shape.hidden),
         arena.take(matrix), gated ? nil : arena.take(owned * shape.model), gated ? arena.take(matrix) : nil,
+        hasBias ? arena.take(shape.experts) : nil,
       ]
     }
     var count = Arena()
@@ -39,6 +42,8 @@ struct Parameters: ~Copyable {
     outward = tensors[3]!
     outwardBias = tensors[4]
     inwardLinear = tensors[5]
+    bias = tensors[6]
+    bias?.update(repeating: 0, count: shape.experts)
     floats = count.bytes / MemoryLayout<Float>.stride
   }
 
@@ -47,6 +52,7 @@ struct Parameters: ~Copyable {
     switch part {
     case .gate: gate
     case .noise: noise!
+    case .bias: bias!
     case .inward: inward
     case .inwardBias: inwardBias!
     case .outward: outward

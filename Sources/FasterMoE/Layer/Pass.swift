@@ -25,6 +25,8 @@ package final class Pass: TeamWork {
   var firstToken = 0
   /// What may leave a place by the links that were measured, for gates that heed them.
   private(set) var measuredShare: Double?
+  /// Experts that the gate counted as local since they will be shadowed; nil unless it limits what leaves a place.
+  var awaited: [Int]?
   /// Choices that the gate's rule moved to other experts.
   package var moved = 0
   /// Slots without an expert.
@@ -122,6 +124,7 @@ package final class Pass: TeamWork {
     stage = .gated
     (isGated, isPredicted, isTraining) = (false, false, layer.isTraining)
     (moved, balanceLoss, zLoss) = (0, 0, 0)
+    awaited = nil
     measuredShare = layer.rule.heedsLinks ? try layer.measuredShare : nil
     plan = nil
     store.moves.shadow([])
@@ -142,6 +145,7 @@ package final class Pass: TeamWork {
       asked = try request()
       cluster = try layer!.cluster
       try asked!.checkPlayable(workers: peers.size, on: cluster)
+      if peers.size > 1, let awaited { _ = try asked!.keeping(awaited) }
       guard !wantsReport || peers.shareMemory || peers.size == 1 || cluster != nil else {
         throw Failure(
           .unsupported, "predictions over a transport need measured links: fmoe_group_calibrate comes first")
@@ -162,10 +166,15 @@ package final class Pass: TeamWork {
   }
 
   /// Makes the plan: what the request leaves open is what is predicted to be best. All ranks find the same.
+  ///
+  /// The shadows of a gate that limits what leaves a place were chosen before it chose: what is best now is for the next
+  /// pass.
   @discardableResult
-  private func decide(_ request: PlanRequest, on cluster: Cluster?, isReported: Bool = false) throws(Failure)
+  private func decide(_ asked: PlanRequest, on cluster: Cluster?, isReported: Bool = false) throws(Failure)
     -> PlanReport?
   {
+    var request = asked
+    if let awaited, group.size > 1 { request = try asked.keeping(awaited) }
     guard !group.peers.shareMemory, group.size > 1 else {
       // Where rows need not move, nothing is worth a copy but what is asked for.
       var inPlace = request
@@ -174,7 +183,7 @@ package final class Pass: TeamWork {
       plan = layer!.unmeasured(inPlace, store.traffic)
       return nil
     }
-    guard let cluster, isReported || request.isOpen else {
+    guard let cluster, isReported || asked.isOpen else {
       plan = layer!.unmeasured(request, store.traffic)
       return nil
     }
@@ -182,6 +191,9 @@ package final class Pass: TeamWork {
     var planner = Planner(store.traffic, shape, on: cluster)
     let (plan, report) = try planner.plan(request)
     (self.plan, isPredicted) = (plan, true)
+    if awaited != nil, layer!.wantsPredicted, asked.isChoosing {
+      layer!.awaitPredicted(try planner.plan(asked).plan.shadows)
+    }
     return report
   }
 
@@ -242,6 +254,9 @@ package final class Pass: TeamWork {
     try gatherCopyGrads()
     run(.combineBackward, count)
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
+    if isGated && isTraining, let bias = layer!.values.bias {
+      Bias.move(bias, loads: store.loads, experts: shape.experts, step: layer!.biasStep)
+    }
     stage = .finished
     recording.caller.add(.backwardCall, from: began)
   }
@@ -278,7 +293,7 @@ package final class Pass: TeamWork {
       thread: thread, team: team, layer: layer, store: store, inbox: inbox, journey: journey,
       workspace: workspace, desk: workspace.desk(thread), lane: recording.lane(thread), tokens: tokens, count: count,
       firstToken: firstToken, writesGradients: writesGradients,
-      noise: isTraining && layer.rule.isNoisy ? random : nil)
+      noise: isTraining && layer.rule.isNoisy ? random : nil, jitter: jitter)
     let start = Seconds.now
     switch job {
     case .gate: context.chooseExperts()
@@ -294,6 +309,13 @@ package final class Pass: TeamWork {
       if isGated { context.backwardThroughGate(into: gradTokens!) } else { context.combineGrads(into: gradTokens!) }
     }
     if let kind = job.kind { context.lane.add(kind, from: start) }
+  }
+
+  private var jitter: Jitter? {
+    let layer = layer!
+    guard isTraining, layer.jitter > 0 else { return nil }
+    let random = RandomStream(seed: layer.seed, stream: Pass.firstJitter + UInt64(number))
+    return Jitter(random, bound: layer.jitter, width: shape.model)
   }
 
   private func wrongStage(_ call: String) -> Failure {
@@ -344,6 +366,8 @@ struct PassContext {
   let writesGradients: Bool
   /// Where noise is drawn from, if the gate has any in this pass.
   let noise: RandomStream?
+  /// Of what the gate reads, if there is any in this pass.
+  let jitter: Jitter?
 
   var shape: Shape { layer.shape }
 

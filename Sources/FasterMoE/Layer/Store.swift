@@ -19,6 +19,12 @@ struct Store {
   let slopes: UnsafeMutablePointer<Float>
   /// [E padded] each expert's share of all choices.
   let shares: UnsafeMutablePointer<Float>
+  /// [E] choices of all workers that the shares are about.
+  let loads: UnsafeMutablePointer<Double>
+  /// [E, padded] the layer's bias as the gate found it; nil if there is none.
+  let bias: UnsafeMutablePointer<Float>?
+  /// [E] how many levels of the tree of places a row for each expert crosses.
+  let crossings: UnsafeMutablePointer<Int32>
   /// [W, numbers, E] what all tell each other.
   let told: UnsafeMutablePointer<UInt32>
   let scratch: UnsafeMutablePointer<UInt64>
@@ -39,6 +45,9 @@ struct Store {
     expertSums = arena.take(2 * shape.experts)
     slopes = arena.take(layer.variation != 0 ? 2 * experts : 0)
     shares = arena.take(experts)
+    loads = arena.take(shape.experts)
+    bias = layer.hasBias ? arena.take(experts) : nil
+    crossings = arena.take(shape.experts)
     told = arena.take(workers * rule.numbersTold(choices: shape.choices) * shape.experts)
     scratch = arena.take(rule.scratch(tokens: n, choices: shape.choices, experts: shape.experts))
   }

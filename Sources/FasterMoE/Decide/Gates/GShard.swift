@@ -21,7 +21,7 @@ package struct GShardGate: Gate {
     first.update(repeating: 0, count: experts)
     for token in 0..<n { first[Int(batch.picks[token * k])] += 1 }
     let room = capacity.rows(of: n, choices: k, experts: experts, isTraining: batch.isTraining)
-    switch capacity.dropping {
+    switch capacity.dropping(isTraining: batch.isTraining) {
     case .last:
       // A choice takes its place also where it is dropped.
       let come = batch.scratch
@@ -34,9 +34,9 @@ package struct GShardGate: Gate {
           come[expert] += 1
         }
       }
-    case .lightest:
+    case let dropping:
       batch.count(into: told)
-      Capacity.dropLightest(batch, room: room) { Int(told[$0]) }
+      dropping.drop(batch, room: room, numbers: 1)
       for choice in 1..<max(1, k) {
         for token in 0..<n where batch.picks[token * k + choice] >= 0 && !isTaken(batch, token, choice) {
           batch.drop(token * k + choice)
@@ -54,8 +54,11 @@ package struct GShardGate: Gate {
     return Float(batch.choices) * batch.weights[token * batch.choices + choice] > luck
   }
 
-  package func hear(_ batch: GateBatch, counts: UnsafeMutablePointer<UInt32>, shares: UnsafeMutablePointer<Float>) {
+  package func hear(_ batch: GateBatch, counts: UnsafeMutablePointer<UInt32>, shares: UnsafeMutablePointer<Float>)
+    -> Int
+  {
     batch.takeCounts(counts)
     batch.share(of: batch.tokensOfAll, into: shares) { batch.told(by: $0)[batch.experts + $1] }
+    return 0
   }
 }

@@ -1,7 +1,8 @@
 /// The topology-aware gate (FasterMoE §4.3): few choices leave a place of the machine room, those with the highest scores;
 /// the others choose again among the experts inside.
 ///
-/// It counts all k choices of all of a worker's tokens. A token that has too few experts inside drops a choice.
+/// It counts all k choices of all of a worker's tokens. A token that has too few experts inside drops a choice. An expert
+/// that every worker will have a copy of is inside for all.
 package struct NearGate: Gate {
   package enum Levels: Sendable { case top, every }
   /// Of a worker's choices, at most this share leaves the widest place that divides the workers; with `.every` level, of
@@ -20,6 +21,7 @@ package struct NearGate: Gate {
   package static let usualShare = 0.14
 
   package var heedsLinks: Bool { share == nil }
+  package var limitsPlaces: Bool { true }
   package var weighing: Weighing { .softmaxOfChosen }
   package func scratch(tokens: Int, choices: Int, experts: Int) -> Int { tokens * choices }
 
@@ -50,7 +52,7 @@ package struct NearGate: Gate {
     for slot in 0..<batch.tokens * k where batch.picks[slot] >= 0 {
       let expert = Int(batch.picks[slot])
       guard batch.crossings[expert] >= levels else { continue }
-      keys[count] = Highest.key(batch.score(slot / k, expert), slot)
+      keys[count] = Highest.key(batch.preference(slot / k, expert), slot)
       count += 1
     }
     guard count > budget else { return 0 }
@@ -76,7 +78,7 @@ package struct NearGate: Gate {
     var (best, high) = (Int32(-1), UInt64(0))
     for expert in 0..<batch.experts where batch.crossings[expert] < levels {
       guard !(0..<batch.choices).contains(where: { picks[$0] == Int32(expert) }) else { continue }
-      let key = Highest.key(batch.score(token, expert), expert)
+      let key = Highest.key(batch.preference(token, expert), expert)
       if best < 0 || key > high { (best, high) = (Int32(expert), key) }
     }
     return best

@@ -13,13 +13,13 @@ package struct SwitchGate: Gate {
   }
 
   package func settle(_ batch: GateBatch) -> Int {
-    let (told, k, experts) = (batch.told(by: batch.rank), batch.choices, batch.experts)
-    told.update(repeating: 0, count: k * experts)
-    for slot in 0..<batch.tokens * k { told[slot % k * experts + Int(batch.picks[slot])] += 1 }
+    batch.countChoices(into: batch.told(by: batch.rank))
     return 0
   }
 
-  package func hear(_ batch: GateBatch, counts: UnsafeMutablePointer<UInt32>, shares: UnsafeMutablePointer<Float>) {
+  package func hear(_ batch: GateBatch, counts: UnsafeMutablePointer<UInt32>, shares: UnsafeMutablePointer<Float>)
+    -> Int
+  {
     let (k, experts) = (batch.choices, batch.experts)
     let all = batch.tokensOfAll
     let room = capacity.rows(of: all, choices: k, experts: experts, isTraining: batch.isTraining)
@@ -27,10 +27,11 @@ package struct SwitchGate: Gate {
       (0..<k).reduce(0) { $0 + batch.told(by: worker)[$1 * experts + expert] }
     }
     counts.update(repeating: 0, count: batch.workers * experts)
-    switch capacity.dropping {
+    switch capacity.dropping(isTraining: batch.isTraining) {
     case .last: dropLast(batch, room, counts)
-    case .lightest: dropLightest(batch, room, counts)
+    case let dropping: drop(dropping, batch, room, counts)
     }
+    return 0
   }
 
   private func dropLast(_ batch: GateBatch, _ room: Int, _ counts: UnsafeMutablePointer<UInt32>) {
@@ -57,8 +58,10 @@ package struct SwitchGate: Gate {
     }
   }
 
-  /// Every worker has its part of the room, by its tokens, since a weight is only compared with those of its own batch.
-  private func dropLightest(_ batch: GateBatch, _ room: Int, _ counts: UnsafeMutablePointer<UInt32>) {
+  /// Every worker has its part of the room, by its tokens, since a choice is only compared with those of its own batch.
+  private func drop(
+    _ dropping: Capacity.Dropping, _ batch: GateBatch, _ room: Int, _ counts: UnsafeMutablePointer<UInt32>
+  ) {
     let (k, experts) = (batch.choices, batch.experts)
     for worker in 0..<batch.workers {
       let told = batch.told(by: worker)
@@ -69,10 +72,7 @@ package struct SwitchGate: Gate {
         let come = (0..<k).reduce(0) { $0 + Int(told[$1 * experts + expert]) }
         counts[worker * experts + expert] = UInt32(min(come, part))
       }
-      guard worker == batch.rank else { continue }
-      Capacity.dropLightest(batch, room: part) { expert in
-        (0..<k).reduce(0) { $0 + Int(told[$1 * experts + expert]) }
-      }
+      if worker == batch.rank { dropping.drop(batch, room: part, numbers: k) }
     }
   }
 }
