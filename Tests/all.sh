@@ -87,7 +87,7 @@ resumed() {
   rm -rf "$out/saved"
   export LD_LIBRARY_PATH=$prefix/lib
   for workers in 1 2; do
-    local run=("$out/train_gpt" --workers $workers --steps 40 --eval-every 10 --sample 20)
+    local run=("$out/train_gpt" --workers $workers --bias-step 0.01 --steps 40 --eval-every 10 --sample 20)
     "${run[@]}" --save-log "$out/unbroken.csv" >"$out/unbroken.txt" &&
       "${run[@]}" --until 15 --save "$out/saved" --save-log "$out/first.csv" &&
       "${run[@]}" --resume "$out/saved" --save "$out/saved" --save-log "$out/second.csv" >"$out/second.txt" || return 1
@@ -97,8 +97,39 @@ resumed() {
       cmp <(cut -d, -f5 "$out/unbroken.csv" | tail -20) <(cut -d, -f5 "$out/second.csv" | tail -20) &&
       cmp <(sed -n '/--- the prompt/,$p' "$out/unbroken.txt") <(sed -n '/--- the prompt/,$p' "$out/second.txt") || return 1
   done
-  "$out/train_gpt" --steps 60 --until 45 --eval-every 0 --sample 0 --resume "$out/saved" || return 1
-  ! "$out/train_gpt" --steps 60 --width 64 --sample 0 --resume "$out/saved" || { echo "a model of another width"; return 1; }
+  "$out/train_gpt" --bias-step 0.01 --steps 60 --until 45 --eval-every 0 --sample 0 --resume "$out/saved" || return 1
+  ! "$out/train_gpt" --bias-step 0.01 --steps 60 --width 64 --sample 0 --resume "$out/saved" || { echo "a model of another width"; return 1; }
+}
+
+# What was recorded can be done again, by any number of workers: the first loss is the same, all loads are, and a file that
+# is damaged, cut or of another model says so.
+replayed() {
+  local out=.build/examples/gcc workers at
+  export LD_LIBRARY_PATH=$prefix/lib
+  local run=("$out/train_gpt" --layers 2 --width 32 --hidden 32 --heads 2 --context 32 --batch 8 --gate gshard --eval-every 0
+    --sample 0 --steps)
+  "${run[@]}" 6 --workers 2 --record "$out/routing" --save-log "$out/recorded.csv" || return 1
+  for workers in 1 2 4; do
+    "${run[@]}" 9 --workers $workers --replay "$out/routing" --save-log "$out/replayed.csv" || return 1
+    cmp <(cut -d, -f6 "$out/recorded.csv") <(cut -d, -f6 "$out/replayed.csv") || return 1
+    awk -F, 'FNR == 2 { if (NR > 2) { off = $4 - loss; exit !(off < 2e-6 && off > -2e-6) } loss = $4 }' \
+      "$out/recorded.csv" "$out/replayed.csv" || return 1
+  done
+  refuses() { # WORDS FLAGS...
+    local words=$1
+    shift
+    ! "${run[@]}" 6 --workers 2 --replay "$out/damaged" "$@" >"$out/words" 2>&1 && grep -q "$words" "$out/words" ||
+      { echo "not refused: $words"; cat "$out/words"; return 1; }
+  }
+  alter() { # BYTE: of a copy, is another one
+    cp "$out/routing" "$out/damaged" && printf '\x55' | dd of="$out/damaged" bs=1 seek="$1" conv=notrunc status=none
+  }
+  alter 3 && refuses "is no recorded routing" && alter 17 && refuses "the checksum of its head" && alter 33 &&
+    refuses "the checksum of its head" && alter 41 && refuses "the checksum of step 1, layer 0" &&
+    alter 3001 && refuses "the checksum of step 1, layer 0" && alter 40000 && refuses "the checksum of step" || return 1
+  head -c -1 "$out/routing" >"$out/damaged" && refuses "ends within step 6" && cp "$out/routing" "$out/damaged" &&
+    refuses "is of 2 layers" --layers 3 && refuses "top-k 2" --top-k 1 && rm "$out/damaged" && refuses "cannot be read" || return 1
+  ! "${run[@]}" 2 --record /dev/full || { echo "a full disk was not noticed"; return 1; }
 }
 
 # The C program that the README shows first, taken from the README.
@@ -159,6 +190,7 @@ step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig"
 step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
 step "training by 1, 2 and 4 workers" workers_agree
 step "training saved and resumed" resumed
+step "routing recorded and replayed" replayed
 step "MPI: Open MPI, MPICH, several hosts" Tests/Cluster/run.sh "$prefix"
 step "README program" readme_program
 step "CMake package" cmake_package

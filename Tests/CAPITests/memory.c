@@ -462,7 +462,7 @@ static void test_steady_state(int of_kind) {
     layer_options.gate = gate, layer_options.input_jitter = 0.01;
     if (gate != FMOE_GATE_NOISY && gate != FMOE_GATE_BASE && gate != FMOE_GATE_SWIPE) layer_options.bias_step = 1e-12;
     if (gate == FMOE_GATE_BASE) layer_options.top_k = 1, layer_options.balance_loss = 0;
-    for (int32_t drop = 0; drop < (gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD ? 4 : 1); drop++)
+    for (int32_t drop = 0; drop < (gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_GSHARD ? 4 : 1); drop += FMOE_DROP_UNIMPORTANT)
       layer_options.drop = drop, run_ranks(of_kind, steady_steps);
     layer_options = usual;
   }

@@ -18,6 +18,8 @@ typedef struct block {          /* attention, then experts, each behind a norm a
   fmoe_layer *experts;
   fmoe_pass *pass;              /* of the latest forward, until its backward; else NULL */
   gpt_plan plan;                /* if the model is calibrated */
+  const int32_t *choices;       /* [n, k] of all workers, for the next forward; NULL: the gate chooses */
+  const float *weights;
   tensor *triple, *project; /* [3d, d] for queries, keys and values   [d, d] */
   float *normal1, *normal2;     /* [n, d] what attention and experts read */
   float *scale1, *scale2;       /* [n] */
@@ -123,7 +125,13 @@ static double seconds(void) {
 static fmoe_status experts_forward(gpt *model, int layer, int n, gpt_loss *loss) {
   const gpt_config *c = &model->config;
   block *b = &model->blocks[layer];
-  TRY(fmoe_gate(b->experts, b->normal2, n, &b->pass));
+  if (b->choices) {
+    const int64_t mine = (int64_t)model->first * model->T * c->top_k;
+    TRY(fmoe_route(b->experts, b->normal2, n, b->choices + mine, b->weights + mine, &b->pass));
+    b->choices = NULL;
+  } else {
+    TRY(fmoe_gate(b->experts, b->normal2, n, &b->pass));
+  }
   if (model->predicts) {
     fmoe_plan_report report = {.struct_size = sizeof report};
     TRY(fmoe_plan(b->pass, NULL, &report));
@@ -494,6 +502,12 @@ fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out) {
   return FMOE_OK;
 }
 
+void gpt_route(gpt *model, int layer, const int32_t *choices, const float *weights) {
+  model->blocks[layer].choices = choices, model->blocks[layer].weights = weights;
+}
+
+int gpt_top_k(const gpt *model) { return model->config.top_k; }
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 static void *take(gpt *model, int64_t floats) { /* aligned to 64 bytes; NULL while `arrange` only counts */
   float *at = model->memory ? model->memory + model->taken : NULL;
@@ -619,8 +633,11 @@ static fmoe_status create_experts(gpt *model, int layer, uint64_t seed) {
   options.activation = c->activation;
   options.gate = c->gate;
   options.seed = seed;
-  options.balance_loss = c->balance_loss;
+  options.balance_loss = c->gate == FMOE_GATE_BASE ? 0 : c->balance_loss; /* it balances by itself */
   options.z_loss = c->z_loss;
+  options.bias_step = c->bias_step;
+  options.input_jitter = c->input_jitter;
+  options.remote_share = c->remote_share;
   TRY(fmoe_layer_create(model->peers.group, &options, &model->blocks[layer].experts));
   return FMOE_OK;
 }

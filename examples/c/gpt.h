@@ -25,6 +25,7 @@ typedef struct gpt_config {
   int hidden, experts, top_k;  /* h, E, k; k 0: what the gate is known for */
   int gate, activation;        /* FMOE_GATE_TOPK ..., FMOE_GELU ... */
   double balance_loss, z_loss; /* coefficients of the experts' two extra losses */
+  double bias_step, input_jitter, remote_share; /* of gates that have them; 0: the gate's own, or none */
   uint64_t seed;               /* of all initial values */
   int threads;                 /* of this worker, for the dense layers; 0: one per core */
   const peers *peers;          /* its context and group are kept; NULL: alone, with as many threads for the experts */
@@ -83,6 +84,10 @@ double gpt_parameters(const gpt *model, double *active /* by one token; may be N
 double gpt_flops_per_token(const gpt *model, int T); /* forward and backward, useful ones only: see gpt.c */
 /* Of this worker's tokens in the latest forward, until its backward. */
 fmoe_status gpt_routing(const gpt *model, int layer, fmoe_routing *out);
+/* What all workers' tokens [n, k] do in the layer's next forward, instead of what its gate would choose; kept until then.
+ * Weights are then no part of what is learnt, and neither is the gate. */
+void gpt_route(gpt *model, int layer, const int32_t *choices, const float *weights);
+int gpt_top_k(const gpt *model); /* k, also where the gate chose it */
 
 double gpt_random(uint64_t *state); /* the next of a sequence of numbers in [0, 1) that the first state decides */
 #endif

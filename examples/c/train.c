@@ -17,10 +17,11 @@
 #include <unistd.h>
 
 #include "gpt.h"
+#include "routing.h"
 #include "text.h"
 
 /* ---- flags ------------------------------------------------------------------------------------- */
-static const char *const GATES[] = {"topk", "noisy", "switch", "gshard", "base", "topology", "hierarchical", NULL};
+static const char *const GATES[] = {"topk", "noisy", "switch", "gshard", "base", "topology", "hierarchical", "swipe", NULL};
 static const char *const ACTIVATIONS[] = {"gelu", "gelu-tanh", "relu", "silu", "swiglu", NULL};
 static const char *const FOLDER = "/usr/share/common-licenses";
 
@@ -29,10 +30,10 @@ static struct {
   int texts;
   int steps, batch, context, layers, heads, width, hidden, experts, top_k, gate, activation;
   int warmup, workers, threads, eval_every, sample;
-  double seconds, balance_loss, z_loss, rate, temperature;
+  double seconds, balance_loss, z_loss, bias_step, input_jitter, remote_share, rate, temperature;
   uint64_t seed;
   int until;
-  char *prompt, *log, *plan_log, *save, *resume;
+  char *prompt, *log, *plan_log, *save, *resume, *record, *replay, *topology;
 } flags = {.batch = 8, .context = 128, .layers = 3, .heads = 4, .width = 128, .hidden = 256, .experts = 8,
            .warmup = 30, .workers = 1, .eval_every = 250, .sample = 400, .balance_loss = 0.01, .z_loss = 0.001,
            .rate = 0.003, .temperature = 0.8, .seed = 1};
@@ -56,15 +57,19 @@ static const struct flag {
     {"hidden", WHOLE, &flags.hidden, 1, "N         hidden width of an expert"},
     {"experts", WHOLE, &flags.experts, 1, "N        in each layer"},
     {"top-k", WHOLE, &flags.top_k, 0, "N          experts for each character; 0: what the gate is known for"},
-    {"gate", GATE, &flags.gate, 0, "NAME        topk noisy switch gshard base topology hierarchical"},
+    {"gate", GATE, &flags.gate, 0, "NAME        topk noisy switch gshard base topology hierarchical swipe"},
     {"activation", ACTIVATION, &flags.activation, 0, "NAME  gelu gelu-tanh relu silu swiglu"},
     {"balance-loss", NUMBER, &flags.balance_loss, 0, "X   coefficient of the experts' load-balancing loss"},
     {"z-loss", NUMBER, &flags.z_loss, 0, "X         coefficient of the gate's z-loss"},
+    {"bias-step", NUMBER, &flags.bias_step, 0, "X      balances by a bias that moves so far after each step; 0: none"},
+    {"input-jitter", NUMBER, &flags.input_jitter, 0, "X   of what the gate reads, below 1; 0: none"},
+    {"remote-share", NUMBER, &flags.remote_share, 0, "X   of the choices may leave a place; 0: the gate's own"},
     {"learning-rate", NUMBER, &flags.rate, 0, "X  its highest; it falls to a twentieth along half a cosine"},
     {"warmup", WHOLE, &flags.warmup, 0, "N         steps in which it rises from zero"},
     {"seed", SEED, &flags.seed, 0, "N           of initial weights, batches and the sample"},
     {"workers", WHOLE, &flags.workers, 1, "N        share out --batch and --experts evenly among themselves"},
     {"threads", WHOLE, &flags.threads, 0, "N        of each worker; 0: its share of the cores"},
+    {"topology", WORDS, &flags.topology, 0, "TEXT    train_gpt: the machine to be on, an XML file or as hwloc writes them: \"pack:4 core:1 pu:1\""},
     {"eval-every", WHOLE, &flags.eval_every, 0, "N     steps between looks at the held-out text; 0: only at the end"},
     {"sample", WHOLE, &flags.sample, 0, "N         characters to write at the end"},
     {"prompt", WORDS, &flags.prompt, 0, "TEXT      to continue; default: the beginning of the held-out text"},
@@ -72,6 +77,8 @@ static const struct flag {
     {"save", WORDS, &flags.save, 0, "FOLDER        where the training goes, at the end and at each look at the held-out text"},
     {"resume", WORDS, &flags.resume, 0, "FOLDER      a training to go on with; the other flags as before"},
     {"until", WHOLE, &flags.until, 0, "N          stop after step N of --steps, to be resumed; 0: go on to the end"},
+    {"record", WORDS, &flags.record, 0, "FILE        where it goes which character visited which experts, as routing.h says"},
+    {"replay", WORDS, &flags.replay, 0, "FILE        such a file to do again: gates are not asked and learn nothing"},
     {"save-log", WORDS, &flags.log, 0, "FILE.csv  where the curve goes, see below"},
     {"plan-log", WORDS, &flags.plan_log, 0, "FILE.csv  where the experts' plans go, see below; measures the workers first"},
 };
@@ -95,7 +102,7 @@ void train_excuse(int code, const char *error) {
   printf("\nHeld out is the last tenth of every file; see text.h for what is done about quotations.  Ctrl-C ends\n"
          "training early and cleanly.  The log has the columns step,seconds,tokens,loss,held_out_loss,balance and a\n"
          "row for each step: tokens counts from the start, losses are in nats per character, held_out_loss is empty\n"
-         "where none was taken, balance is the load of the fullest expert over the mean load, averaged over layers.\n"
+         "where none was taken, as in a replay, balance is the load of the fullest expert over the mean load, averaged over layers.\n"
          "The plans' log has step,layer,shadows,group_size,predicted_seconds,measured_seconds and a row for each layer\n"
          "of each step: seconds are of its experts, forward and backward, measured on worker 0.\n");
 }
@@ -165,6 +172,7 @@ static int read_flags(int count, char **arguments, char *error) {
   if (flags.experts % flags.workers != 0)
     return refuse(2, error, "--experts: %d of them cannot be shared out evenly among %d workers", flags.experts,
                   flags.workers);
+  if (flags.record && (flags.replay || flags.resume)) return refuse(2, error, "--record goes with neither --replay nor --resume");
   if (flags.steps == 0 && flags.seconds == 0) flags.seconds = 140;
   return -1;
 }
@@ -208,6 +216,10 @@ typedef struct training {
   int prompt;                /* characters of the prompt */
   int speaks;                /* rank 0 does */
   FILE *log, *plan_log;
+  routing_file record, replay; /* rank 0's */
+  float *routing;              /* of the replayed step: 1 if it failed, then for each layer choices and weights [n, k] of all */
+  int32_t *choices;            /* [layers, n, k] */
+  int end;                     /* the replayed step behind the last */
   uint64_t random;
   double start;
   int step;
@@ -287,6 +299,86 @@ static void log_plans(const training *t) {
   }
 }
 
+/* ---- routing to a file and back: rank 0 has the file, the others hear of it by sums with zeros ---------------------- */
+static int64_t slots(const training *t) { return (int64_t)flags.batch * flags.context * gpt_top_k(t->model); }
+
+static fmoe_status say(training *t, routing_file *of) {
+  t->why = of->error;
+  return FMOE_ERROR_FILE;
+}
+
+static fmoe_status open_routing(training *t) {
+  if (!flags.record && !flags.replay) return FMOE_OK;
+  const routing_shape shape = {flags.layers, flags.experts, gpt_top_k(t->model), flags.batch * flags.context};
+  float told[2] = {0, 0}; /* rank 0's steps, and whether it failed */
+  if (t->speaks && flags.record) told[1] = routing_create(&t->record, flags.record, shape) != 0;
+  if (t->speaks && flags.replay) {
+    told[1] = routing_open(&t->replay, flags.replay) != 0;
+    const routing_shape *its = &t->replay.shape;
+    if (!told[1] && memcmp(its, &shape, sizeof shape) != 0) {
+      snprintf(t->replay.error, ROUTING_ERROR, "%s is of %d layers, %d experts, top-k %d and %d characters a step, not of %d, %d, %d and %d",
+               flags.replay, its->layers, its->experts, its->top_k, its->tokens, shape.layers, shape.experts,
+               shape.top_k, shape.tokens);
+      told[1] = 1;
+    }
+    told[0] = (float)(t->replay.steps < 1000000 ? t->replay.steps : 1000000);
+  }
+  const int mine = told[1] != 0;
+  TRY(gpt_sum(t->model, told, 2));
+  if (mine) return say(t, flags.replay ? &t->replay : &t->record);
+  if (told[1] != 0) return t->why = "worker 0 has no routing", FMOE_ERROR_PEER;
+  t->end = (int)told[0];
+  if (flags.replay && t->step >= t->end) return t->why = "the recorded routing ends before this step", FMOE_ERROR_FILE;
+  if (t->speaks && flags.replay && routing_seek(&t->replay, t->step) != 0) return say(t, &t->replay);
+  t->routing = malloc((size_t)(1 + 2 * flags.layers * slots(t)) * sizeof t->routing[0]);
+  t->choices = malloc((size_t)(flags.layers * slots(t)) * sizeof t->choices[0]);
+  if (!t->routing || !t->choices) return t->why = "no memory for the routing of a step", FMOE_ERROR_MEMORY;
+  return FMOE_OK;
+}
+
+/* The next step goes as the file says. */
+static fmoe_status replay(training *t) {
+  const int64_t each = slots(t);
+  int failed = 0;
+  memset(t->routing, 0, (size_t)(1 + 2 * flags.layers * each) * sizeof t->routing[0]);
+  for (int layer = 0; t->speaks && layer < flags.layers && !failed; layer++) {
+    float *choices = t->routing + 1 + 2 * layer * each;
+    failed = routing_read(&t->replay, t->choices, choices + each) != 0;
+    for (int64_t slot = 0; slot < each; slot++) choices[slot] = (float)t->choices[slot]; /* exact: a million at most */
+  }
+  t->routing[0] = (float)failed;
+  TRY(gpt_sum(t->model, t->routing, 1 + 2 * flags.layers * each));
+  if (failed) return say(t, &t->replay);
+  if (t->routing[0] != 0) return t->why = "worker 0 has no routing", FMOE_ERROR_PEER;
+  for (int layer = 0; layer < flags.layers; layer++) {
+    const float *choices = t->routing + 1 + 2 * layer * each;
+    for (int64_t slot = 0; slot < each; slot++) t->choices[layer * each + slot] = (int32_t)choices[slot];
+    gpt_route(t->model, layer, t->choices + layer * each, choices + each);
+  }
+  return FMOE_OK;
+}
+
+/* What the latest forward did. */
+static fmoe_status record(training *t) {
+  const int64_t each = slots(t), first = each / t->peers->size * t->peers->rank;
+  int failed = 0;
+  for (int layer = 0; layer < flags.layers; layer++) {
+    fmoe_routing routing;
+    TRY(gpt_routing(t->model, layer, &routing));
+    float *choices = t->routing + 1, *weights = choices + each;
+    memset(choices, 0, (size_t)(2 * each) * sizeof choices[0]);
+    for (int64_t slot = 0; slot < routing.tokens * routing.top_k; slot++)
+      choices[first + slot] = (float)routing.choices[slot], weights[first + slot] = routing.weights[slot];
+    TRY(gpt_sum(t->model, choices, 2 * each));
+    for (int64_t slot = 0; slot < each; slot++) t->choices[slot] = (int32_t)choices[slot];
+    if (t->speaks && !failed) failed = routing_write(&t->record, t->choices, weights) != 0;
+  }
+  t->routing[0] = (float)failed;
+  TRY(gpt_sum(t->model, t->routing, 1));
+  if (failed) return say(t, &t->record);
+  return t->routing[0] != 0 ? (t->why = "worker 0 cannot record", FMOE_ERROR_PEER) : FMOE_OK;
+}
+
 static fmoe_status learn(training *t) {
   int terminal = isatty(STDOUT_FILENO);
   double flops = gpt_flops_per_token(t->model, flags.context), tokens = (double)flags.batch * flags.context;
@@ -299,7 +391,9 @@ static fmoe_status learn(training *t) {
     adamw how = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .decay = DECAY, .clip = 1};
     how.rate = learning_rate(t->step, progress(t));
     draw_batch(t);
+    if (flags.replay) TRY(replay(t));
     TRY(gpt_forward(t->model, t->tokens, t->targets, flags.batch, flags.context, &loss));
+    if (flags.record) TRY(record(t));
     TRY(gpt_backward(t->model));
     log_plans(t);
     TRY(gpt_update(t->model, &how, NULL));
@@ -309,10 +403,10 @@ static fmoe_status learn(training *t) {
     load += loss.load;
 
     TRY(agree_on_time(t));
-    last = progress(t) >= 1 || t->step == flags.until;
+    last = progress(t) >= 1 || t->step == flags.until || t->step == t->end;
     int looks = last || (flags.eval_every > 0 && t->step % flags.eval_every == 0);
     double time = now(); /* of a step, without looking at the held-out text */
-    if (looks) TRY(evaluate(t));
+    if (looks && !flags.replay) TRY(evaluate(t));
     if (t->speaks && (looks || time - shown > (terminal ? 1 : 5))) {
       double rate = since * tokens / (time - shown);
       char held_out[16] = "  -  ";
@@ -326,7 +420,7 @@ static fmoe_status learn(training *t) {
     }
     if (t->log) {
       fprintf(t->log, "%d,%.3f,%.0f,%.6f,", t->step, time - t->start, t->step * tokens, loss.mean);
-      if (looks) fprintf(t->log, "%.6f", t->held_out);
+      if (looks && !flags.replay) fprintf(t->log, "%.6f", t->held_out);
       fprintf(t->log, ",%.4f\n", loss.load);
     }
     if (looks && flags.save) TRY(gpt_save(t->model, flags.save, (gpt_place){t->step, t->random}));
@@ -368,7 +462,8 @@ static fmoe_status run(training *t, int threads) {
   gpt_config config = {.vocab = learnt.vocab, .context = flags.context, .batch = flags.batch, .layers = flags.layers,
                        .heads = flags.heads, .width = flags.width, .hidden = flags.hidden, .experts = flags.experts,
                        .top_k = flags.top_k, .gate = flags.gate, .activation = flags.activation,
-                       .balance_loss = flags.balance_loss, .z_loss = flags.z_loss, .seed = flags.seed,
+                       .balance_loss = flags.balance_loss, .z_loss = flags.z_loss, .bias_step = flags.bias_step,
+                       .input_jitter = flags.input_jitter, .remote_share = flags.remote_share, .seed = flags.seed,
                        .threads = threads, .peers = t->peers};
   TRY(gpt_create(&config, &t->model));
   TRY(compare_texts(t));
@@ -377,10 +472,16 @@ static fmoe_status run(training *t, int threads) {
     TRY(gpt_load(t->model, flags.resume, &place));
     t->step = place.step, t->random = place.random;
   }
+  TRY(open_routing(t));
   if (flags.plan_log) TRY(gpt_calibrate(t->model, 1));
   if (t->speaks) introduce(t);
   if (t->speaks && t->step > 0) printf("resumed after step %d\n", t->step);
   TRY(learn(t));
+  if (t->speaks && routing_close(&t->record) != 0) return say(t, &t->record);
+  if (flags.replay) {
+    if (t->speaks) printf("\nreplayed up to step %d in %.0f s\n", t->step, now() - t->start);
+    return FMOE_OK;
+  }
   if (t->speaks)
     printf("\n%s after %d steps and %.0f s: held-out loss %.3f nats per character; frequencies alone give %.3f\n",
            t->spent >= 2 ? "interrupted" : "done", t->step, now() - t->start, t->held_out,
@@ -419,6 +520,8 @@ fmoe_status train(const peers *with, int threads, char *error) {
   fmoe_status status = prepare(&t, error);
   if (status == FMOE_OK && (status = run(&t, threads)) != FMOE_OK)
     refuse(status, error, "%s", t.why ? t.why : gpt_last_error());
+  routing_close(&t.record), routing_close(&t.replay);
+  free(t.routing), free(t.choices);
   if (t.log) fclose(t.log);
   if (t.plan_log) fclose(t.plan_log);
   gpt_destroy(t.model);
@@ -457,5 +560,7 @@ int train_prepare(int count, char **arguments, int *workers, int *threads, char 
   listen();
   return code;
 }
+
+const char *train_topology(void) { return flags.topology; }
 
 void train_end(void) { text_free(&learnt); }

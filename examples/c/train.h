@@ -10,6 +10,7 @@ enum { TRAIN_ERROR = 512 };
  * of each worker, as --threads says, or 0. */
 int train_prepare(int count, char **arguments, int *workers, int *threads, char *error /* [TRAIN_ERROR] */);
 void train_excuse(int code, const char *error); /* 0: --help */
+const char *train_topology(void);                /* what --topology says; NULL: this machine */
 void train_end(void);                           /* gives back what train_prepare took */
 
 /* Trains and lets the model write: each worker on a thread of its own; rank 0 prints and keeps the log.  Whoever fails

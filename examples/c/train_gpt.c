@@ -55,7 +55,8 @@ static int cores(void) { /* that this process may use */
 
 static int train_all(int W, int threads, char *error) {
   if (threads == 0) threads = cores() > W ? cores() / W : 1;
-  fmoe_group_options options = {.struct_size = sizeof options, .threads = threads};
+  fmoe_group_options options = {.struct_size = sizeof options, .threads = threads,
+                                .topology = train_topology()};
   peers *all = peers_create(W);
   worker *workers = calloc((size_t)W, sizeof workers[0]);
   fmoe_group **groups = calloc((size_t)W, sizeof groups[0]);
