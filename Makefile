@@ -21,7 +21,7 @@ LIBRARY   := libfastermoe.so
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench
+.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study
 
 all: build
 
@@ -150,6 +150,10 @@ bench-hosts: packages-test stage
 # Strategies and predictions between such hosts.
 bench-predict: packages-test stage
 	Benchmarks/predict.sh $(STAGE) $(OUT)
+
+# How gates converge, by steps and by time; times need root.
+study: packages-test stage
+	Benchmarks/study.sh $(STAGE) $(OUT)
 
 format:
 	$(SWIFT) format -i -r Sources Tests Package.swift

@@ -3,14 +3,20 @@
  *   make bench                              or: build/gates [--threads N]
  *
  * For every gate, at n 4096, d 1024, h 2048, E 64 and the top_k it is known for, with a balance and a z-loss where it has
- * them: the median of fmoe_gate, and its share of fmoe_gate and fmoe_forward together. */
+ * them: the median of fmoe_gate, and its share of fmoe_gate and fmoe_forward together.  Then TOPK balanced by a bias instead
+ * of a loss, and SWITCH with jitter. */
 #include <fastermoe.h>
 #include <string.h>
 
 #include "measure.h"
 
 enum { N = 4096, D = 1024, H = 2048, E = 64, REPEATS = 9 };
-static const char *names[] = {"TOPK", "NOISY", "SWITCH", "GSHARD", "BASE", "TOPOLOGY", "HIERARCHICAL"};
+static const struct { const char *name; int32_t gate; double balance, bias, jitter; } kinds[] = {
+  {"TOPK", FMOE_GATE_TOPK, 0.01, 0, 0}, {"NOISY", FMOE_GATE_NOISY, 0.01, 0, 0}, {"SWITCH", FMOE_GATE_SWITCH, 0.01, 0, 0},
+  {"GSHARD", FMOE_GATE_GSHARD, 0.01, 0, 0}, {"BASE", FMOE_GATE_BASE, 0, 0, 0}, {"TOPOLOGY", FMOE_GATE_TOPOLOGY, 0.01, 0, 0},
+  {"HIERARCHICAL", FMOE_GATE_HIERARCHICAL, 0.01, 0, 0}, {"SWIPE", FMOE_GATE_SWIPE, 0.01, 0, 0},
+  {"TOPK, bias", FMOE_GATE_TOPK, 0, 0.001, 0}, {"SWITCH, jitter", FMOE_GATE_SWITCH, 0.01, 0, 0.01},
+};
 static float tokens[N * D], output[N * D];
 
 int main(int argc, char **argv) {
@@ -20,10 +26,11 @@ int main(int argc, char **argv) {
   CHECK(fmoe_group_create_local(1, &threads, &group));
   for (int i = 0; i < N * D; i++) tokens[i] = (float)((int64_t)i * 7919 % 100003) / 50000 - 1;
   printf("\ngates, n %d, d %d, h %d, E %d:\n", N, D, H, E);
-  for (int32_t gate = FMOE_GATE_TOPK; gate <= FMOE_GATE_HIERARCHICAL; gate++) {
+  for (size_t kind = 0; kind < sizeof kinds / sizeof *kinds; kind++) {
     fmoe_layer_options options = FMOE_LAYER_OPTIONS_INIT;
-    options.d_model = D, options.d_hidden = H, options.experts = E, options.gate = gate, options.seed = 1;
-    options.balance_loss = gate == FMOE_GATE_BASE ? 0 : 0.01, options.z_loss = gate == FMOE_GATE_BASE ? 0 : 0.001;
+    options.d_model = D, options.d_hidden = H, options.experts = E, options.gate = kinds[kind].gate, options.seed = 1;
+    options.balance_loss = kinds[kind].balance, options.z_loss = kinds[kind].balance / 10;
+    options.bias_step = kinds[kind].bias, options.input_jitter = kinds[kind].jitter;
     fmoe_layer *layer;
     CHECK(fmoe_layer_create(group, &options, &layer));
     double gates[REPEATS], forwards[REPEATS];
@@ -38,7 +45,7 @@ int main(int argc, char **argv) {
     }
     fmoe_layer_destroy(layer);
     double mine = median(gates, REPEATS), rest = median(forwards, REPEATS);
-    printf("%-13s %6.2f ms, %4.1f %% of gate and forward\n", names[gate], mine * 1e3, 100 * mine / (mine + rest));
+    printf("%-14s %6.2f ms, %4.1f %% of gate and forward\n", kinds[kind].name, mine * 1e3, 100 * mine / (mine + rest));
     fflush(stdout);
   }
   fmoe_group_destroy(group);

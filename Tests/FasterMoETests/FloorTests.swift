@@ -59,4 +59,17 @@ import Testing
       }
     }
   }
+
+  /// A gate is its own file, a case of the options and a constant of the header. But the plain one is everybody's default.
+  @Test func aGateIsKnownToItsFileAndTheOptionsAlone() {
+    let all = (Self.floors.map { "FasterMoE/\($0)" } + ["CAPI"]).flatMap(Self.files)
+    let gates = all.flatMap { file in
+      Self.code(file.text).matches(of: /struct (\w+): Gate\b/).map { (name: String($0.1), home: file.name) }
+    }
+    #expect(gates.count >= 6, "the test must find the gates")
+    for (gate, home) in gates where gate != "TopKGate" {
+      let names = all.filter { Self.code($0.text).contains(gate) }.map(\.name).filter { $0 != home }
+      #expect(names == ["Options.swift"], "\(gate) is named by \(names)")
+    }
+  }
 }
