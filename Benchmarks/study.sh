@@ -30,7 +30,7 @@ for seed in $seeds; do
     [ "$seed" != "${seeds%% *}" ] || record=(--record "$work/$gate.routing")
     # shellcheck disable=SC2046
     "$out/examples/train_gpt" $(flags "$gate") ${TEXT:+--text $TEXT} --workers 4 --threads 1 --topology "pack:4 core:1 pu:1" \
-      --layers 3 --width $width --hidden $hidden --experts 16 --context 64 --batch 16 --steps "$steps" --warmup 100 \
+      --layers 3 --width $width --hidden $hidden --experts 16 --context 64 --batch 16 --steps "$steps" --warmup $((steps / 12)) \
       --eval-every $((steps / 12)) --sample 0 --seed "$seed" --save-log "$work/$gate-$seed.csv" "${record[@]}" | tail -1
     # Training losses are means since the latest look at the held-out text.
     awk -F, -v gate="$gate" -v seed="$seed" 'FNR > 1 { loss += $4; load += $6; n++ }
