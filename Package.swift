@@ -15,9 +15,20 @@ let core: [SwiftSetting] =
   [.unsafeFlags(level + ["-Xllvm", "-unroll-threshold=3000"])]
   + (wide ? [.define("WIDE_VECTORS")] : [])
 
+// Neither the library nor the tool needs Swift where it runs.
+let standalone = [
+  "-static-stdlib", "-Xlinker", "--gc-sections", "-l_FoundationCShims", "-l_FoundationCollections",
+  "-lswiftSynchronization",
+]
+
 let package = Package(
   name: "FasterMoE",
-  products: [.library(name: "fastermoe", type: .dynamic, targets: ["CAPI"])],
+  // Products of a package cannot share a name: the tool is installed as `fastermoe`.
+  products: [
+    .library(name: "fastermoe", type: .dynamic, targets: ["CAPI"]),
+    .executable(name: "fastermoe-tool", targets: ["ToolMain"]),
+  ],
+  dependencies: [.package(url: "https://github.com/apple/swift-argument-parser", from: "1.5.0")],
   targets: [
     .systemLibrary(name: "CFasterMoE", path: "include"),
     .systemLibrary(name: "CHwloc", pkgConfig: "hwloc", providers: [.apt(["libhwloc-dev"])]),
@@ -26,12 +37,19 @@ let package = Package(
     .target(
       name: "CAPI", dependencies: ["FasterMoE", "CFasterMoE"], exclude: ["exports.map"], swiftSettings: core,
       linkerSettings: [
-        .unsafeFlags([
-          "-static-stdlib", "-Xlinker", "--version-script=\(Context.packageDirectory)/Sources/CAPI/exports.map",
-          "-Xlinker", "--gc-sections", "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker",
-          "nodelete", "-l_FoundationCShims", "-l_FoundationCollections", "-lswiftSynchronization",
-        ])
+        .unsafeFlags(
+          standalone + [
+            "-Xlinker", "--version-script=\(Context.packageDirectory)/Sources/CAPI/exports.map",
+            "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker", "nodelete",
+          ])
       ]),
+    .target(
+      name: "Tool", dependencies: ["FasterMoE", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+      swiftSettings: core),
+    .executableTarget(
+      name: "ToolMain", dependencies: ["Tool", "CHints"], swiftSettings: core,
+      linkerSettings: [.unsafeFlags(standalone)]),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE"], swiftSettings: core),
+    .testTarget(name: "ToolTests", dependencies: ["Tool", "FasterMoE"], swiftSettings: core),
   ]
 )

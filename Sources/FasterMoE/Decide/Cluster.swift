@@ -63,7 +63,7 @@ package struct Cluster: Sendable {
   }
 
   /// More would not fit any table of pairs.
-  package static let mostWorkers = 4096
+  package static let mostWorkers = 16384
 
   package init(_ document: Document) throws(Failure) {
     let layout = try Layout(document)
@@ -79,9 +79,11 @@ package struct Cluster: Sendable {
       }
     }
     let (count, links) = (workers, peers)
-    peersFrom = layout.ranks.indices.map { seat in
-      links.indices.filter { layout.nodes[links[$0].from].seats.contains(seat) }
+    var leaving = layout.ranks.map { _ in [Int]() }
+    for (link, peer) in links.enumerated() {
+      for seat in layout.nodes[peer.from].seats { leaving[seat].append(link) }
     }
+    peersFrom = leaving
     ring = Ring(
       up: Array(repeating: -1, count: nodes.count), down: Array(repeating: -1, count: nodes.count),
       peers: Array(repeating: -1, count: peers.count))

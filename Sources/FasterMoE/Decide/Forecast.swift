@@ -78,7 +78,7 @@ private struct StepVolumes {
     return step
   }
 
-  private func rows(_ source: Int, _ target: Int) -> Int { Int(moving.rows[source * traffic.workers + target]) }
+  private func rows(_ source: Int, _ target: Int) -> Int { Int(moving.rows(from: source, to: target)) }
 
   /// Rows of this worker that other workers compute in a round.
   private func toTarget(_ round: Int) -> Int {

@@ -10,9 +10,13 @@ package struct Planner {
   private var simulator: Simulator
   /// How many more times a worker's part in a step may be played.
   private var plays = 0
+  /// Without shadows.
+  private let none: Volumes
 
-  /// Most counts, W·E, and most entries of a table of rounds.
-  private static let mostCounts = 1 << 24
+  /// Most counts, W·E: a gigabyte.
+  package static let mostCounts = 1 << 28
+  /// Most entries of a table of rounds.
+  private static let mostOfRounds = 1 << 24
 
   package static func check(workers: Int, experts: Int) throws(Failure) {
     guard experts % workers == 0 else {
@@ -26,11 +30,11 @@ package struct Planner {
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
     (self.traffic, self.shape, self.cluster) = (traffic, shape, cluster)
     simulator = Simulator(traffic, shape, on: cluster)
+    none = Volumes(traffic, shape, on: cluster)
   }
 
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
     try request.check()
-    let none = Volumes(traffic, shape, on: cluster)
     let plain = coarse(none, none.moving)
     // Of a request for pairwise exchange, the coarse plan is no answer.
     let known = request.schedule == .pairwise ? nil : plain
@@ -41,7 +45,7 @@ package struct Planner {
     case .paper: chosen = best(ofAll: [shadowing(paper)], request, nil)
     case .everyExpert: chosen = everyExpert(request)
     case .best:
-      chosen = best(ofAll: candidates(after: none, below: plain.seconds), request, known)
+      chosen = best(ofAll: candidates(below: plain.seconds), request, known)
       improve(&chosen, request)
     }
     if chosen.plan.groups.count > 1 { refine(&chosen) }
@@ -70,35 +74,37 @@ package struct Planner {
 
   // MARK: Shadows
 
-  private var paper: [Int] { Shadowing.paper(traffic, shape, on: cluster).experts }
+  private var paper: [Int] { Shadowing.paper(traffic, shape, on: cluster, rows: none.rows).experts }
 
-  private func shadowing(_ experts: [Int]) -> Volumes { Volumes(traffic, shape, on: cluster, shadows: experts) }
+  private func shadowing(_ experts: [Int]) -> Volumes { Volumes(none, shadows: experts) }
 
   /// No shadow, the paper's set, and the prefixes of the order by excess load whose bounds are least; by the least time
   /// that any schedule of each could take.
-  private func candidates(after none: Volumes, below plain: Seconds) -> [Volumes] {
+  private func candidates(below plain: Seconds) -> [Volumes] {
     let room = max(1, min(Planner.mostSets, Planner.mostPairs / (cluster.workers * cluster.workers)))
-    var found: [(least: Seconds, volumes: Volumes)] = []
-    func insert(_ volumes: Volumes) {
-      let least = volumes.least
-      found.insert((least, volumes), at: found.firstIndex { least < $0.least } ?? found.count)
+    var found: [(least: Seconds, shadows: ArraySlice<Int>)] = []
+    func insert(_ least: Seconds, _ shadows: ArraySlice<Int>) {
+      found.insert((least, shadows), at: found.firstIndex { least < $0.least } ?? found.count)
     }
     var (volumes, affordable) = (none, plain)
-    for expert in Shadowing.byExcess(traffic, on: cluster) {
+    for expert in ByExcess(traffic, rows: none.rows, on: cluster) {
       volumes.shadow(expert)
       // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
       guard volumes.leastCopying < affordable else { break }
       affordable = min(affordable, volumes.serial)
+      let least = volumes.least
       if found.count == room {
-        guard volumes.least < found[room - 1].least else { continue }
+        guard least < found[room - 1].least else { continue }
         found.removeLast()
       }
-      insert(volumes)
+      insert(least, volumes.shadows[...])
     }
     let paper = self.paper
-    if !paper.isEmpty, !found.contains(where: { $0.volumes.shadows == paper }) { insert(shadowing(paper)) }
-    insert(none)
-    return found.map(\.volumes)
+    if !paper.isEmpty, !found.contains(where: { $0.shadows.elementsEqual(paper) }) {
+      insert(shadowing(paper).least, paper[...])
+    }
+    insert(none.least, [])
+    return found.map { $0.shadows.isEmpty ? none : shadowing(Array($0.shadows)) }
   }
 
   /// Most prefixes whose schedules are played, and most pairs of workers over all of them: planning must stay small
@@ -124,11 +130,13 @@ package struct Planner {
   }
 
   private mutating func everyExpert(_ request: PlanRequest) -> Choice {
-    var volumes = shadowing(Array(0..<traffic.experts))
-    volumes.fetchesAgain = true
+    let volumes = Volumes(everyExpertOf: none)
     let plan = Plan.everyExpert(request, workers: cluster.workers, experts: traffic.experts)
     let costs = simulator.costs(plan.groups, volumes, volumes.moving)
-    return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
+    // Where several copies are played as one, so are the steps of the plan.
+    let steps = (traffic.experts + volumes.copiesAtOnce - 1) / volumes.copiesAtOnce
+    let played = Plan.everyExpert(request, workers: cluster.workers, experts: steps)
+    return Choice(plan: plan, seconds: seconds(played, costs), volumes: volumes, costs: costs)
   }
 
   private mutating func best(ofAll sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
@@ -252,7 +260,7 @@ package struct Planner {
     let mostRounds = workers > Planner.manyWorkers ? Planner.manyWorkers / 2 : Planner.manyWorkers
     return sizes.filter {
       let rounds = (workers + $0 - 1) / $0
-      return rounds == 1 || (rounds <= mostRounds && rounds * traffic.experts <= Planner.mostCounts)
+      return rounds == 1 || (rounds <= mostRounds && rounds * traffic.experts <= Planner.mostOfRounds)
     }.sorted(by: >)
   }
 

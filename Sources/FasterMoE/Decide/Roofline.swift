@@ -35,7 +35,7 @@ package struct Volumes {
   private let shape: Shape
   private let traffic: Traffic
   /// [E] rows of all workers.
-  private let rows: [Int]
+  package let rows: [Int]
   /// [W] by seat: seconds for rows, forward or back, and for gradients of weights.
   private var busy: [Double]
   private var busyWithWeights: [Double]
@@ -46,7 +46,9 @@ package struct Volumes {
   /// [W] by seat: shadowed experts of each owner.
   private var shadowsOf: [Int]
   private(set) package var shadows: [Int] = []
-  /// [shadows, W] by seat: the same of each worker's own rows.
+  /// Shadows that are played as one step.
+  package let copiesAtOnce: Int
+  /// [shadows / copiesAtOnce, W] by seat: the same of each worker's own rows.
   private(set) package var shadowSeconds: [Double] = []
   private(set) package var shadowWeightSeconds: [Double] = []
   /// What all copies take one after the other, as every schedule moves them.
@@ -66,14 +68,42 @@ package struct Volumes {
 
   /// With `shadows`, in the order in which they are fetched. O(W·(W + E)).
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, shadows: [Int] = []) {
+    self.init(
+      traffic, shape, cluster, rows: traffic.rowsOfExperts, RowsBetween(traffic, on: cluster), shadows, atOnce: 1)
+  }
+
+  /// Other shadows of the same batch. O(E + W·shadows).
+  package init(_ other: Volumes, shadows: [Int]) {
+    self.init(other.traffic, other.shape, other.cluster, rows: other.rows, other.between, shadows, atOnce: 1)
+  }
+
+  /// Every expert of the same batch shadowed, and fetched again for backward (ZeRO stage 3).
+  ///
+  /// Where that makes more steps of more workers than are worth looking at, some copies are played as one, each still far
+  /// shorter than the whole; implementations fetch in buckets, too. O(W·E).
+  package init(everyExpertOf other: Volumes) {
+    let experts = other.traffic.experts
+    let atOnce = max(1, (experts * other.traffic.workers + Volumes.mostSteps - 1) / Volumes.mostSteps)
+    self.init(
+      other.traffic, other.shape, other.cluster, rows: other.rows, other.between, Array(0..<experts), atOnce: atOnce)
+    fetchesAgain = true
+  }
+  private static let mostSteps = 1 << 22
+
+  private init(
+    _ traffic: Traffic, _ shape: Shape, _ cluster: Cluster, rows: [Int], _ between: RowsBetween, _ shadows: [Int],
+    atOnce: Int
+  ) {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
-    (rows, between) = (traffic.rowsOfExperts, RowsBetween(traffic, on: cluster))
+    (self.rows, self.between) = (rows, between)
     busy = Array(repeating: 0, count: cluster.workers)
     busyWithWeights = busy
     shadowsOf = Array(repeating: 0, count: cluster.workers)
     var isShadow = Array(repeating: false, count: traffic.experts)
     for expert in shadows { isShadow[expert] = true }
-    shadowSeconds = Array(repeating: 0, count: shadows.count * cluster.workers)
+    copiesAtOnce = atOnce
+    let steps = (shadows.count + copiesAtOnce - 1) / copiesAtOnce
+    shadowSeconds = Array(repeating: 0, count: steps * cluster.workers)
     shadowWeightSeconds = shadowSeconds
     for seat in 0..<cluster.workers {
       let (rates, rank) = (cluster.rates[seat], cluster.ranks[seat])
@@ -81,18 +111,19 @@ package struct Volumes {
         busy[seat] += shape.seconds(rows: rows[expert], at: rates).value
         busyWithWeights[seat] += shape.weightSeconds(rows: rows[expert], at: rates).value
       }
-      for (index, expert) in shadows.enumerated() {
-        let own = Int(traffic.counts[rank * traffic.experts + expert])
-        let place = index * cluster.workers + seat
-        shadowSeconds[place] = shape.seconds(rows: own, at: rates).value
-        shadowWeightSeconds[place] = shape.weightSeconds(rows: own, at: rates).value
-        busy[seat] += shadowSeconds[place]
-        busyWithWeights[seat] += shadowWeightSeconds[place]
+      let counts = traffic.counts + rank * traffic.experts
+      for (index, expert) in shadows.enumerated() where counts[expert] > 0 {
+        let place = index / copiesAtOnce * cluster.workers + seat
+        shadowSeconds[place] += shape.seconds(rows: Int(counts[expert]), at: rates).value
+        shadowWeightSeconds[place] += shape.weightSeconds(rows: Int(counts[expert]), at: rates).value
+      }
+      for step in 0..<steps {
+        busy[seat] += shadowSeconds[step * cluster.workers + seat]
+        busyWithWeights[seat] += shadowWeightSeconds[step * cluster.workers + seat]
       }
     }
-    loads = LinkLoads(
-      between.without(shadows, of: traffic, on: cluster), on: cluster,
-      Groups(workers: cluster.workers, size: cluster.workers))
+    let all = Groups(workers: cluster.workers, size: cluster.workers)
+    loads = LinkLoads(between.without(shadows, of: traffic, on: cluster), on: cluster, all)
     for expert in shadows { addCopy(of: expert) }
   }
 
@@ -191,14 +222,28 @@ package struct Volumes {
   }
 }
 
-/// Rows from every worker to every other one's experts.
+/// Rows from every worker to every other one's experts, by seat.
 package struct RowsBetween {
-  /// [W, W] by seat.
-  private(set) var rows: [Double]
+  private let traffic: Traffic
+  private let ranks: [Int]
+  /// [W, W] sums over each owner's experts; nil where every worker has one expert and seats are ranks, so that the counts
+  /// are that themselves.
+  private let sums: [Double]?
+  /// Experts whose rows do not move, by their owners' seats.
+  private(set) var shadows: [Int: [Int]] = [:]
+  private let known = Known()
+
+  /// What was found of all rows, by group size.
+  private final class Known { var flows: [Int: LinkFlows] = [:] }
 
   init(_ traffic: Traffic, on cluster: Cluster) {
+    (self.traffic, ranks) = (traffic, cluster.ranks)
     let (workers, each) = (traffic.workers, traffic.experts / traffic.workers)
-    rows = [Double](unsafeUninitializedCapacity: workers * workers) { rows, count in
+    guard each > 1 || cluster.ranks != Array(0..<workers) else {
+      sums = nil
+      return
+    }
+    sums = [Double](unsafeUninitializedCapacity: workers * workers) { rows, count in
       for seat in 0..<workers {
         var next = traffic.counts + cluster.ranks[seat] * traffic.experts
         for owner in 0..<workers {
@@ -216,29 +261,70 @@ package struct RowsBetween {
   func without(_ shadows: [Int], of traffic: Traffic, on cluster: Cluster) -> RowsBetween {
     guard !shadows.isEmpty else { return self }
     var left = self
-    let owners = shadows.map { cluster.seats[traffic.owner(of: $0)] }
-    for seat in 0..<traffic.workers {
-      let counts = traffic.counts + cluster.ranks[seat] * traffic.experts
-      for (expert, owner) in zip(shadows, owners) {
-        left.rows[seat * traffic.workers + owner] -= Double(counts[expert])
-      }
-    }
+    for expert in shadows { left.shadows[cluster.seats[traffic.owner(of: expert)], default: []].append(expert) }
     return left
+  }
+
+  /// Whether every expert is shadowed.
+  var isStill: Bool { shadows.count == traffic.workers && shadows.reduce(0) { $0 + $1.value.count } == traffic.experts }
+
+  /// Rows for one expert.
+  @inline(__always) func rows(from seat: Int, for expert: Int) -> Double {
+    Double(traffic.counts[ranks[seat] * traffic.experts + expert])
+  }
+
+  /// Rows that move from one seat to another's experts.
+  func rows(from source: Int, to target: Int) -> Double {
+    let all = sums.map { $0[source * traffic.workers + target] } ?? rows(from: source, for: target)
+    guard let own = shadows[target] else { return all }
+    return own.reduce(all) { $0 - rows(from: source, for: $1) }
+  }
+
+  /// Adds what one seat has for each of some others, shadows included, to `sums`; returns the sum of these.
+  fileprivate func addAll(from source: Int, to targets: Range<Int>, _ sums: UnsafeMutablePointer<Double>) -> Double {
+    guard let own = self.sums else {
+      let from = traffic.counts + source * traffic.workers
+      var sum = 0
+      for target in targets {
+        let rows = from[target]
+        sums[target] += Double(rows)
+        sum &+= Int(rows)
+      }
+      return Double(sum)
+    }
+    return own.withUnsafeBufferPointer { own in
+      let from = own.baseAddress! + source * traffic.workers
+      var sum = 0.0
+      for target in targets {
+        sums[target] += from[target]
+        sum += from[target]
+      }
+      return sum
+    }
+  }
+
+  /// What all rows, shadows included, load on links; made once for each group size.
+  fileprivate func flows(on cluster: Cluster, _ groups: Groups) -> LinkFlows {
+    if let flows = known.flows[groups.size] { return flows }
+    var all = self
+    all.shadows = [:]
+    let flows = LinkFlows(all, on: cluster, groups)
+    known.flows[groups.size] = flows
+    return flows
   }
 }
 
-/// The rows that each round of an exchange in groups loads on each directed link. Whole numbers, so sums are exact.
-struct LinkLoads {
-  /// [rounds, nodes] on the links up from each node and down to it.
-  private(set) var up: [Double]
-  private(set) var down: [Double]
+/// Where the rows of each round of an exchange in groups begin and end, and where they turn from their way up to their way
+/// down: sums over subtrees are the loads of links. Whole numbers, so sums are exact.
+private struct LinkFlows {
+  /// [rounds, nodes]
+  var up, down: [Double]
   /// [rounds, peers]
-  private(set) var peers: [Double]
+  var peers: [Double]
   /// [rounds, groups] that each group sends.
-  private(set) var sent: [Double]
+  var sent: [Double]
 
-  /// A flow counts once where it begins and off again where its way up ends; sums over subtrees then are the loads.
-  /// O(W² + rounds·nodes).
+  /// A flow counts once where it begins and off again where its way up ends. O(W² + rounds·nodes).
   init(_ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
     let (workers, nodes, rounds, links) = (cluster.workers, cluster.nodes.count, groups.count, cluster.peers.count)
     up = Array(repeating: 0, count: rounds * nodes)
@@ -250,15 +336,8 @@ struct LinkLoads {
       // To the seats `first..<end` of one group, for all of which the way turns at `top`.
       func flow(_ first: Int, _ end: Int, top: Int, group: Int) {
         let round = groups.round(from: own, to: group)
-        var sum = 0.0
-        down.withUnsafeMutableBufferPointer { down in
-          between.rows.withUnsafeBufferPointer { rows in
-            let (from, to) = (rows.baseAddress! + seat * workers, down.baseAddress! + round * nodes)
-            for target in first..<end {
-              to[target] += from[target]
-              sum += from[target]
-            }
-          }
+        let sum = down.withUnsafeMutableBufferPointer { down in
+          between.addAll(from: seat, to: first..<end, down.baseAddress! + round * nodes)
         }
         up[round * nodes + seat] += sum
         up[round * nodes + top] -= sum
@@ -281,21 +360,82 @@ struct LinkLoads {
         flow(first, next, top: node, group: group)
         next = first
       }
-      // What a peer link carries leaves the tree where that link begins, and is back where it ends.
       for link in cluster.peersFrom[seat] {
-        let (from, to) = (cluster.peers[link].from, cluster.peers[link].to)
-        for target in cluster.nodes[to].seats {
-          let rows = between.rows[seat * workers + target]
-          let round = groups.round(from: own, to: groups.group(of: target))
-          let top = cluster.meeting(seat, target)
-          up[round * nodes + top] += rows
-          up[round * nodes + from] -= rows
-          down[round * nodes + top] += rows
-          down[round * nodes + to] -= rows
-          peers[round * links + link] += rows
+        for target in cluster.nodes[cluster.peers[link].to].seats {
+          divert(between.rows(from: seat, to: target), from: seat, to: target, over: link, on: cluster, groups)
         }
       }
     }
+  }
+
+  /// What a peer link carries leaves the tree where that link begins, and is back where it ends.
+  private mutating func divert(
+    _ rows: Double, from seat: Int, to target: Int, over link: Int, on cluster: Cluster, _ groups: Groups
+  ) {
+    let round = groups.round(from: groups.group(of: seat), to: groups.group(of: target))
+    let (nodes, top) = (round * cluster.nodes.count, cluster.meeting(seat, target))
+    up[nodes + top] += rows
+    up[nodes + cluster.peers[link].from] -= rows
+    down[nodes + top] += rows
+    down[nodes + cluster.peers[link].to] -= rows
+    peers[round * cluster.peers.count + link] += rows
+  }
+
+  /// Takes what goes to one seat's shadows off. O(W·shadows).
+  mutating func remove(_ experts: [Int], at target: Int, _ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
+    let (nodes, rounds, targetGroup) = (cluster.nodes.count, groups.count, groups.group(of: target))
+    func take(_ seats: Range<Int>, top: Int) {
+      for seat in seats {
+        let rows = experts.reduce(0.0) { $0 + between.rows(from: seat, for: $1) }
+        guard rows > 0 else { continue }
+        let own = groups.group(of: seat)
+        let round = groups.round(from: own, to: targetGroup)
+        up[round * nodes + seat] -= rows
+        up[round * nodes + top] += rows
+        down[round * nodes + target] -= rows
+        down[round * nodes + top] += rows
+        sent[round * rounds + own] -= rows
+        if !cluster.peers.isEmpty, let link = cluster.peer(from: seat, to: target) {
+          divert(-rows, from: seat, to: target, over: link, on: cluster, groups)
+        }
+      }
+    }
+    var node = target
+    while cluster.nodes[node].parent != node {
+      let (inside, top) = (cluster.nodes[node].seats, cluster.nodes[node].parent)
+      let all = cluster.nodes[top].seats
+      take(all.lowerBound..<inside.lowerBound, top: top)
+      take(inside.upperBound..<all.upperBound, top: top)
+      node = top
+    }
+  }
+}
+
+/// The rows that each round of an exchange in groups loads on each directed link.
+struct LinkLoads {
+  /// [rounds, nodes] on the links up from each node and down to it.
+  private(set) var up: [Double]
+  private(set) var down: [Double]
+  /// [rounds, peers]
+  private(set) var peers: [Double]
+  /// [rounds, groups] that each group sends.
+  private(set) var sent: [Double]
+
+  /// O(W² + rounds·nodes) for the first rows of a batch in such groups, O(W·shadows + rounds·nodes) for others of it.
+  init(_ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
+    let (nodes, rounds, links) = (cluster.nodes.count, groups.count, cluster.peers.count)
+    guard !between.isStill else {
+      up = Array(repeating: 0, count: rounds * nodes)
+      down = up
+      peers = Array(repeating: 0, count: rounds * links)
+      sent = Array(repeating: 0, count: rounds * rounds)
+      return
+    }
+    var flows = between.flows(on: cluster, groups)
+    for (seat, experts) in between.shadows {
+      flows.remove(experts, at: seat, between, on: cluster, groups)
+    }
+    (up, down, peers, sent) = (flows.up, flows.down, flows.peers, flows.sent)
     for round in 0..<rounds {
       for node in round * nodes..<(round + 1) * nodes - 1 {
         let parent = round * nodes + cluster.nodes[node - round * nodes].parent

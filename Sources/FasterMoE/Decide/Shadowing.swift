@@ -5,7 +5,7 @@ package enum Shadowing {
   /// The formulas know one bandwidth, that of the slowest link, and one speed, the slowest worker's peak. They leave out
   /// what still moves next to shadows (eq. 8), so the set may cost more than it saves. `.best` does not rely on them.
   /// Also returns what they promise, without and with the set. O(E·W).
-  package static func paper(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster)
+  package static func paper(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, rows: [Int]? = nil)
     -> (experts: [Int], without: Seconds, with: Seconds)
   {
     let workers = traffic.workers
@@ -14,7 +14,7 @@ package enum Shadowing {
     /// Three computes of the busiest worker.
     func computing(_ loads: [Int]) -> Seconds { shape.flops(rows: loads.reduce(0, max)) / peak }
 
-    let rows = traffic.rowsOfExperts
+    let rows = rows ?? traffic.rowsOfExperts
     var loads = (0..<workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
     let imbalanced = computing(loads) + shape.rowBytes * (4 * Double(loads.reduce(0, max))) / bandwidth  // eq. 7
     var (least, shadows) = (imbalanced, [Int]())
@@ -34,28 +34,39 @@ package enum Shadowing {
     }
     return (shadows, imbalanced, least)
   }
+}
 
-  /// Experts in the order in which shadowing them relieves most: again and again the busiest worker's most popular one
-  /// among those that others send rows to. Every prefix is worth a look. O(E·(W + log E)).
-  package static func byExcess(_ traffic: Traffic, on cluster: Cluster) -> [Int] {
-    let workers = traffic.workers
-    let rows = traffic.rowsOfExperts
-    func own(_ expert: Int, _ worker: Int) -> Int { Int(traffic.counts[worker * traffic.experts + expert]) }
-    // Of each worker: its experts with rows from others, the least popular first.
-    var left = (0..<workers).map { worker in
-      traffic.owned(by: worker).filter { rows[$0] > own($0, worker) }.sorted { (rows[$0], $1) < (rows[$1], $0) }
+/// Experts in the order in which shadowing them relieves most: again and again the busiest worker's most popular one among
+/// those that others send rows to. Every prefix is worth a look. O(W) for the next.
+package struct ByExcess: Sequence, IteratorProtocol {
+  private let traffic: Traffic
+  private let rows: [Int]
+  /// [W] each worker's experts with rows from others, the least popular first.
+  private var left: [[Int]]
+  private var loads: [Int]
+  private let slowness: [Double]
+
+  /// `rows` [E] of all workers. O(E·log E).
+  package init(_ traffic: Traffic, rows: [Int], on cluster: Cluster) {
+    (self.traffic, self.rows) = (traffic, rows)
+    left = (0..<traffic.workers).map { worker in
+      traffic.owned(by: worker).filter { rows[$0] > Int(traffic.counts[worker * traffic.experts + $0]) }
+        .sorted { (rows[$0], $1) < (rows[$1], $0) }
     }
-    var loads = (0..<workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
-    let slowness = cluster.seats.map { 1 / cluster.rates[$0].products.peak.value }
-    var order: [Int] = []
-    while let busiest = (0..<workers).filter({ !left[$0].isEmpty }).max(by: {
-      (Double(loads[$0]) * slowness[$0], $1) < (Double(loads[$1]) * slowness[$1], $0)
-    }) {
-      let expert = left[busiest].removeLast()
-      order.append(expert)
-      for worker in 0..<workers { loads[worker] += own(expert, worker) }
-      loads[busiest] -= rows[expert]
+    loads = (0..<traffic.workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
+    slowness = cluster.seats.map { 1 / cluster.rates[$0].products.peak.value }
+  }
+
+  package mutating func next() -> Int? {
+    var (busiest, most) = (-1, -1.0)
+    for worker in loads.indices where !left[worker].isEmpty {
+      let load = Double(loads[worker]) * slowness[worker]
+      if load > most { (busiest, most) = (worker, load) }
     }
-    return order
+    guard busiest >= 0 else { return nil }
+    let expert = left[busiest].removeLast()
+    for worker in loads.indices { loads[worker] += Int(traffic.counts[worker * traffic.experts + expert]) }
+    loads[busiest] -= rows[expert]
+    return expert
   }
 }

@@ -52,11 +52,11 @@ package struct Simulator {
       }
     }
     for place in costs.blocks.indices { costs.blocks[place] = max(1, costs.blocks[place]) }
-    for expert in volumes.shadows {
-      let owner = cluster.seats[traffic.owner(of: expert)]
-      costs.owners.append(owner)
-      costs.fetches.append(volumes.fetching(from: owner).value)
-      costs.reduces.append(volumes.reducing(to: owner).value)
+    for first in stride(from: 0, to: volumes.shadows.count, by: volumes.copiesAtOnce) {
+      let owners = volumes.shadows[first...].prefix(volumes.copiesAtOnce).map { cluster.seats[traffic.owner(of: $0)] }
+      costs.owners.append(owners[0])
+      costs.fetches.append(owners.reduce(0) { $0 + volumes.fetching(from: $1).value })
+      costs.reduces.append(owners.reduce(0) { $0 + volumes.reducing(to: $1).value })
     }
     (costs.shadows, costs.shadowWeights) = (volumes.shadowSeconds, volumes.shadowWeightSeconds)
     return costs
