@@ -1,3 +1,4 @@
+import Glibc
 import Tool
 
-Tool.main()
+exit(Tool.run(Array(CommandLine.arguments.dropFirst())))

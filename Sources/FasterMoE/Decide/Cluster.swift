@@ -14,6 +14,8 @@ package struct Cluster: Sendable {
   package let rates: [WorkerRates]
   /// [nodes]
   package let nodes: [Node]
+  /// [nodes] as the document calls them.
+  package let names: [String]
   /// Both directions of a link are neighbours: 2i and 2i + 1.
   package let peers: [PeerLink]
   /// [W] the peer links that lead away from each seat.
@@ -69,7 +71,7 @@ package struct Cluster: Sendable {
     let layout = try Layout(document)
     self.document = document
     workers = document.workers.count
-    (ranks, seats, nodes) = (layout.ranks, layout.seats, layout.nodes)
+    (ranks, seats, nodes, names) = (layout.ranks, layout.seats, layout.nodes, layout.names)
     rates = try layout.ranks.map { rank throws(Failure) in try Layout.rates(document.workers[rank]) }
     peers = try layout.peers(document.peers ?? [])
     (slowdown, messageSlowdown) = (document.slowdown ?? 1, document.messageSlowdown ?? 1)
@@ -168,6 +170,23 @@ package struct Cluster: Sendable {
   package var slowestLink: ByteRate {
     let tree = nodes.reduce(0) { max($0, $1.up.slowness, $1.down.slowness) }
     return ByteRate(1 / tree)
+  }
+
+  // MARK: Links by name
+
+  /// One direction of a link.
+  package enum Link: Equatable, Sendable {
+    /// From a node to the place around it, and from there.
+    case up(Int), down(Int)
+    case peer(Int)
+  }
+
+  package func words(for link: Link) -> String {
+    switch link {
+    case .up(let node): "\(names[node]) -> \(names[nodes[node].parent])"
+    case .down(let node): "\(names[nodes[node].parent]) -> \(names[node])"
+    case .peer(let link): "\(names[peers[link].from]) -> \(names[peers[link].to])"
+    }
   }
 
   // MARK: What may leave a place

@@ -72,6 +72,8 @@ extension Cluster {
     var ranks: [Int] = []
     var seats: [Int]
     var nodes: [Node] = []
+    /// [nodes]
+    var names: [String] = []
     private var nodeOf: [String: Int] = [:]
 
     init(_ document: Document) throws(Failure) {
@@ -169,7 +171,8 @@ extension Cluster {
           ? nodes[own].seats
           : min(above.lowerBound, nodes[own].seats.lowerBound)..<max(above.upperBound, nodes[own].seats.upperBound)
       }
-      for (name, at) in index { nodeOf[name] = node[at] }
+      names = Array(repeating: "", count: count)
+      for (name, at) in index { (nodeOf[name], names[node[at]]) = (node[at], name) }
     }
 
     /// Both directions of every peer link.
@@ -272,5 +275,76 @@ extension Cluster.Document {
           rowHandling: calibration.rates[rank].rowHandling.value))
     }
     messageSlowdown = calibration.messageSlowdown
+  }
+}
+
+extension Cluster.Document {
+  /// The same kind of cluster with another number of workers: the places in the root, or the workers in it, again and
+  /// again, each with all that is in it, until there are so many.
+  package func repeated(to count: Int) throws(Failure) -> Cluster.Document {
+    guard count > 0 else { throw Failure(.argument, "a cluster cannot have \(count) workers") }
+    guard let root = places.first(where: { $0.in == nil }) else { throw Failure(.file, "there is no root") }
+    var home: [String: String] = [:]
+    for place in places { home[place.name] = place.in }
+    /// The place or worker in the root that one is in.
+    func part(_ name: String, in place: String?) -> String {
+      var (part, around) = (name, place)
+      // A document that goes round in a circle is not read.
+      while let next = around, next != root.name { (part, around) = (next, home[next]) }
+      return part
+    }
+    struct Part {
+      var places: [Place] = []
+      var workers: [Worker] = []
+      var peers: [Peer] = []
+    }
+    var (order, parts, partOf) = ([String](), [String: Part](), [String: String]())
+    func enter(_ name: String, in place: String?) -> String {
+      let part = part(name, in: place)
+      partOf[name] = part
+      if parts[part] == nil {
+        order.append(part)
+        parts[part] = Part()
+      }
+      return part
+    }
+    for place in places where place.name != root.name {
+      parts[enter(place.name, in: place.in), default: Part()].places.append(place)
+    }
+    for worker in workers { parts[enter(worker.name, in: worker.in), default: Part()].workers.append(worker) }
+    for peer in peers ?? [] {
+      guard let part = partOf[peer.from], part == partOf[peer.to] else {
+        throw Failure(
+          .argument, "the peer link between \"\(peer.from)\" and \"\(peer.to)\" joins places that would be repeated")
+      }
+      parts[part]!.peers.append(peer)
+    }
+
+    var made = self
+    (made.places, made.workers, made.peers) = ([root], [], peers == nil ? nil : [])
+    var next = 0
+    while made.workers.count < count {
+      let (part, round) = (parts[order[next % order.count]]!, next / order.count)
+      func called(_ name: String) -> String { round == 0 || name == root.name ? name : "\(name)+\(round)" }
+      for var place in part.places {
+        (place.name, place.in) = (called(place.name), place.in.map(called))
+        made.places.append(place)
+      }
+      for var worker in part.workers {
+        (worker.name, worker.in) = (called(worker.name), called(worker.in))
+        made.workers.append(worker)
+      }
+      for var peer in part.peers {
+        (peer.from, peer.to) = (called(peer.from), called(peer.to))
+        made.peers!.append(peer)
+      }
+      next += 1
+      guard made.workers.count > 0 || next < order.count else { throw Failure(.file, "there are no workers") }
+    }
+    guard made.workers.count == count else {
+      throw Failure(
+        .argument, "places as in this cluster do not add up to \(count) workers, only to \(made.workers.count)")
+    }
+    return made
   }
 }

@@ -119,6 +119,8 @@ package struct PlanReport {
   package var stepRatio = Double.infinity
   /// P-bar of the roofline.
   package var flopRatePerWorker = FlopRate(0)
+  /// Of the plan's volumes, where it was made for a cluster.
+  package var roofline: Roofline?
 
   /// Workers that share memory, or one alone: rows are read where they stand, so that nothing is sent and no copy can
   /// pay. All that counts is how fast the worker computes that has most to do; `rates` [W].

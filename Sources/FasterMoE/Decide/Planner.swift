@@ -62,6 +62,7 @@ package struct Planner {
     report.computeOverCommunicate = roofline.computeOverCommunicate
     report.stepRatio = roofline.stepRatio
     report.flopRatePerWorker = roofline.flopRatePerWorker(in: chosen.seconds)
+    report.roofline = roofline
     return (chosen.plan, report)
   }
 

@@ -7,6 +7,10 @@ package struct Roofline {
   package let communicate: Seconds
   /// Of the busiest directed link over the whole step, where rows come and go at the same time.
   package let busiestLink: Seconds
+  /// That link; nil where nothing is sent.
+  package let link: Cluster.Link?
+  /// The seat that computes longest.
+  package let busiestSeat: Int
   /// Of all workers.
   package let work: Flops
   package let workers: Int
@@ -163,11 +167,13 @@ package struct Volumes {
   package func reducing(to owner: Int) -> Seconds { cluster.around(shape.expertBytes, without: owner) }
 
   package var roofline: Roofline {
-    Roofline(
-      compute: computing, communicate: communicating,
-      busiestLink: busiestLink {
-        bothWays(2 * $0, 2 * $1, copies: fetches(over: $2) * (fetchesAgain ? 2 : 1) + reduces(over: $2))
-      }, work: rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }, workers: cluster.workers)
+    let (seconds, link) = busiest {
+      bothWays(2 * $0, 2 * $1, copies: fetches(over: $2) * (fetchesAgain ? 2 : 1) + reduces(over: $2))
+    }
+    return Roofline(
+      compute: computing, communicate: communicating, busiestLink: seconds, link: link,
+      busiestSeat: busy.indices.max { busy[$0] + busyWithWeights[$0] < busy[$1] + busyWithWeights[$1] } ?? 0,
+      work: rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }, workers: cluster.workers)
   }
 
   /// One after the other.
@@ -208,17 +214,26 @@ package struct Volumes {
   /// Seconds of the link that takes longest, where `rows` says what one carries by what goes up and down on its way there.
   private func busiestLink(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double)) -> Seconds
   {
-    var longest = 0.0
+    busiest(rows).seconds
+  }
+
+  private func busiest(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double))
+    -> (seconds: Seconds, link: Cluster.Link?)
+  {
+    var (longest, busiest) = (0.0, Cluster.Link?.none)
+    func see(_ time: Double, _ link: Cluster.Link) {
+      if time > longest { (longest, busiest) = (time, link) }
+    }
     for (index, node) in cluster.nodes.enumerated().dropLast() {
       let (up, down) = (loads.up[index], loads.down[index])
-      longest = max(longest, rows(up, down, cluster.ring.up[index]).up * node.up.slowness)
-      longest = max(longest, rows(up, down, cluster.ring.down[index]).down * node.down.slowness)
+      see(rows(up, down, cluster.ring.up[index]).up * node.up.slowness, .up(index))
+      see(rows(up, down, cluster.ring.down[index]).down * node.down.slowness, .down(index))
     }
     for (index, peer) in cluster.peers.enumerated() {
       let carried = rows(loads.peers[index], loads.peers[index ^ 1], cluster.ring.peers[index]).up
-      longest = max(longest, carried * peer.cost.slowness)
+      see(carried * peer.cost.slowness, .peer(index))
     }
-    return Seconds(longest * shape.rowBytes.value)
+    return (Seconds(longest * shape.rowBytes.value), busiest)
   }
 }
 

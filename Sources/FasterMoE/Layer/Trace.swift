@@ -2,7 +2,7 @@
 ///
 /// A rank is two processes, measured and predicted; a process has a thread for each lane. Pieces of one lane do not overlap.
 /// Times are microseconds of the host's monotonic clock, so those of all ranks on one host compare.
-struct Trace: Encodable {
+package struct Trace: Encodable {
   struct Event: Encodable {
     let name: String
     /// "X": a piece of time, "i": a moment, "M": the name of a process or a lane.
@@ -149,6 +149,23 @@ struct Trace: Encodable {
     add(
       forecast, plan, rowBytes: pass.shape.rowBytes, of: pass.group.rank, forward: started, backward: turned)
   }
+
+  /// Of a plan that nobody has played, as some ranks would; both trips begin with all ranks together.
+  package static func write(
+    _ plan: Plan, _ traffic: Traffic, _ shape: Shape, on cluster: Cluster, of ranks: Range<Int>,
+    to path: UnsafePointer<CChar>
+  ) throws(Failure) {
+    var trace = Trace()
+    trace.otherData = ["clock": "microseconds from the beginning of the step"]
+    for rank in ranks {
+      let forecast = Forecast(plan, traffic, shape, on: cluster, of: rank)
+      trace.add(
+        forecast, plan, rowBytes: shape.rowBytes, of: rank, forward: Seconds(0), backward: forecast.forward.seconds)
+    }
+    try Documents.write(trace, to: path)
+  }
+
+  private init() {}
 
   private static func words(_ entry: Recording.Entry, _ pass: Pass) -> (words: String, category: Category) {
     let way =

@@ -31,14 +31,20 @@ package enum Documents {
   /// Replaces the file at `path`: who reads it meanwhile sees the old one or the new one. What is there and no file, such
   /// as a device or a link, stays.
   package static func write(_ value: some Encodable, to path: UnsafePointer<CChar>) throws(Failure) {
-    let data: Data
-    do { data = try encoder.encode(value) + [UInt8(ascii: "\n")] } catch {
-      throw Failure(.file, "\(String(cString: path)): \(reason(of: error))")
+    let bytes: [UInt8]
+    do throws(Failure) { bytes = try text(of: value) } catch {
+      throw Failure(error.kind, "\(String(cString: path)): \(error.message)")
     }
     let draft = try Draft(of: path)
-    let bytes = Array(data)
     try draft.write(bytes, bytes.count)
     try draft.replace()
+  }
+
+  /// A value as JSON, with a line's end.
+  package static func text(of value: some Encodable) throws(Failure) -> [UInt8] {
+    do { return Array(try encoder.encode(value)) + [UInt8(ascii: "\n")] } catch {
+      throw Failure(.file, reason(of: error))
+    }
   }
 
   /// The value that `text` holds, a part of the file at `path`. Keys that are not known are passed over.

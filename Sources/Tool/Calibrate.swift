@@ -1,0 +1,2 @@
+import ArgumentParser
+struct Calibrate: ParsableCommand { func run() throws {} }

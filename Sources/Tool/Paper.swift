@@ -1,0 +1,2 @@
+import ArgumentParser
+struct Paper: ParsableCommand { func run() throws {} }

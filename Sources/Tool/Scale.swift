@@ -1,0 +1,2 @@
+import ArgumentParser
+struct Scale: ParsableCommand { func run() throws {} }

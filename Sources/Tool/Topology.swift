@@ -1,0 +1,2 @@
+import ArgumentParser
+struct Topology: ParsableCommand { func run() throws {} }
