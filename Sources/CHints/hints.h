@@ -19,3 +19,19 @@ static inline void hint_written_past(void) {
 __attribute__((always_inline)) static inline hint_lanes hint_square_root(hint_lanes x) {
   return __builtin_elementwise_sqrt(x);
 }
+
+/* Nothing but fused multiply-adds in registers, which Swift's compiler takes apart here: `rounds` of HINT_CHAINS
+ * independent ones of 16 lanes, enough for all that a core begins before the first is done. Returns what keeps them. */
+#ifdef __AVX512F__
+enum { HINT_CHAINS = 12 };
+#else
+enum { HINT_CHAINS = 6 };
+#endif
+static inline float hint_multiply_add(long rounds, float from) {
+  hint_lanes sums[HINT_CHAINS], factor = (hint_lanes)(0.999f), addend = (hint_lanes)(from);
+  for (int j = 0; j < HINT_CHAINS; j++) sums[j] = addend * (float)(j + 1);
+  for (long i = 0; i < rounds; i++)
+    for (int j = 0; j < HINT_CHAINS; j++) sums[j] = __builtin_elementwise_fma(sums[j], factor, addend);
+  for (int j = 1; j < HINT_CHAINS; j++) sums[0] += sums[j];
+  return sums[0][0];
+}

@@ -126,6 +126,35 @@ package struct Profile: Codable, Equatable, Sendable {
     }
   }
 
+  /// What one says, wherever it was measured.
+  package struct Facts {
+    package struct Worker {
+      package let host, cores, threads: Int
+      package let processor, instructions: String
+    }
+    /// In the order of ranks.
+    package let workers: [Worker]
+    package let calibration: Calibration
+  }
+
+  /// What the file at `path` says, to be looked at.
+  package static func facts(at path: UnsafePointer<CChar>) throws(Failure) -> Facts {
+    let profile = try Documents.read(Profile.self, from: path)
+    do throws(Failure) {
+      guard profile.version == 1 else {
+        throw Failure(.file, "fastermoe_profile is \(profile.version); this version reads 1")
+      }
+      return Facts(
+        workers: profile.workers.map {
+          Facts.Worker(
+            host: $0.host, cores: $0.cores, threads: $0.threads, processor: $0.processor,
+            instructions: $0.instructions)
+        }, calibration: try profile.measured())
+    } catch {
+      throw Failure(error.kind, "\(String(cString: path)): \(error.message)")
+    }
+  }
+
   private func calibration(of places: Places, _ threads: [Int], _ shareMemory: Bool) throws(Failure) -> Calibration {
     guard version == 1 else { throw Failure(.file, "fastermoe_profile is \(version); this version reads 1") }
     let here = Profile.workers(places, threads)
@@ -140,6 +169,10 @@ package struct Profile: Codable, Equatable, Sendable {
     guard (withinHosts != nil, betweenHosts != nil) == areLinked else {
       throw Failure(.file, "was measured where workers are joined in another way, by memory or by messages")
     }
+    return try measured()
+  }
+
+  private func measured() throws(Failure) -> Calibration {
     guard messageSlowdown >= 1, messageSlowdown.isFinite else {
       throw Failure(.file, "message_slowdown is \(messageSlowdown); it must be 1 or more")
     }
