@@ -16,12 +16,16 @@ LEVELS    := base $(if $(filter x86_64,$(ARCH)),wide)
 OUT       := $(CURDIR)/build
 STAGE     := $(OUT)/prefix
 SWIFT     := swift
-BUILD_FLAGS := -c release --product fastermoe
+BUILD_FLAGS := -c release
+PRODUCTS  := fastermoe fastermoe-tool
 LIBRARY   := libfastermoe.so
+# The tool, and beside the library the one for AVX-512, which the tool runs where it can.
+TOOL      := fastermoe
+WIDE_TOOL := lib/fastermoe/x86-64-v4
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study
+.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study bench-paper
 
 all: build
 
@@ -43,8 +47,8 @@ build: packages-build
 	@$(MAKE) --no-print-directory $(BUILT)
 
 $(BUILT): $(SOURCES) Makefile $(wildcard pkgconfig/*.in)
-	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/base
-	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/wide)
+	for p in $(PRODUCTS); do FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product $$p --scratch-path .build/base || exit 1; done
+	$(if $(filter wide,$(LEVELS)),for p in $(PRODUCTS); do FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product $$p --scratch-path .build/wide || exit 1; done)
 	$(call place,$(OUT)/lib)
 	@mkdir -p $(OUT)/pkgconfig
 	$(call fill,$(OUT),$(OUT)/lib,$(CURDIR)/include,-Wl$(comma)-rpath$(comma)$${libdir}) pkgconfig/fastermoe.pc.in > $(OUT)/pkgconfig/fastermoe.pc
@@ -68,6 +72,9 @@ HEADERS := fastermoe.h fastermoe.hpp fastermoe_mpi.h
 CMAKE   := $(LIBDIR)/cmake/FasterMoE
 install: build
 	$(call place,$(DESTDIR)$(PREFIX)/$(LIBDIR))
+	install -D -m 755 -s .build/base/release/fastermoe-tool $(DESTDIR)$(PREFIX)/bin/$(TOOL)
+	$(if $(filter wide,$(LEVELS)),install -D -m 755 -s .build/wide/release/fastermoe-tool $(DESTDIR)$(PREFIX)/$(WIDE_TOOL)/$(TOOL))
+	install -D -m 644 docs/$(TOOL).1 $(DESTDIR)$(PREFIX)/share/man/man1/$(TOOL).1
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/$(CMAKE)
 	install -m 644 $(HEADERS:%=include/%) $(DESTDIR)$(PREFIX)/include
 	$(call fill,$(PREFIX),$${prefix}/$(LIBDIR),$${prefix}/include,) pkgconfig/fastermoe.pc.in > $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig/fastermoe.pc
@@ -78,8 +85,9 @@ install: build
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(LIBRARY)* $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(WIDE_DIR)/$(LIBRARY)*
 	rm -f $(HEADERS:%=$(DESTDIR)$(PREFIX)/include/%) $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig/fastermoe.pc
-	rm -rf $(DESTDIR)$(PREFIX)/$(CMAKE)
-	-rmdir --ignore-fail-on-non-empty -p $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(WIDE_DIR) $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/$(LIBDIR)/cmake $(DESTDIR)$(PREFIX)/include 2>/dev/null
+	rm -rf $(DESTDIR)$(PREFIX)/$(CMAKE) $(DESTDIR)$(PREFIX)/lib/fastermoe
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(TOOL) $(DESTDIR)$(PREFIX)/share/man/man1/$(TOOL).1
+	-rmdir --ignore-fail-on-non-empty -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/$(LIBDIR)/$(WIDE_DIR) $(DESTDIR)$(PREFIX)/$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/$(LIBDIR)/cmake $(DESTDIR)$(PREFIX)/include 2>/dev/null
 
 stage: build
 	@$(MAKE) --no-print-directory install PREFIX=$(STAGE) >/dev/null
@@ -154,6 +162,10 @@ bench-predict: packages-test stage
 # How gates converge, by steps and by time; times need root.
 study: packages-test stage
 	Benchmarks/study.sh $(STAGE) $(OUT)
+
+# The FasterMoE paper's figures beside predictions for its clusters and models.
+bench-paper: stage
+	$(STAGE)/bin/$(TOOL) paper Benchmarks/paper/models.json
 
 format:
 	$(SWIFT) format -i -r Sources Tests Package.swift

@@ -47,7 +47,7 @@ let package = Package(
       name: "Tool", dependencies: ["FasterMoE", .product(name: "ArgumentParser", package: "swift-argument-parser")],
       swiftSettings: core),
     .executableTarget(
-      name: "ToolMain", dependencies: ["Tool"], swiftSettings: core,
+      name: "ToolMain", dependencies: ["Tool", "CHints"], swiftSettings: core,
       linkerSettings: [.unsafeFlags(standalone)]),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE"], swiftSettings: core),
     .testTarget(name: "ToolTests", dependencies: ["Tool", "FasterMoE"], swiftSettings: core),

@@ -35,3 +35,11 @@ static inline float hint_multiply_add(long rounds, float from) {
   for (int j = 1; j < HINT_CHAINS; j++) sums[0] += sums[j];
   return sums[0][0];
 }
+
+#ifdef __x86_64__
+/* Whether the processor has all of x86-64-v4. */
+static inline int hint_has_wide_vectors(void) {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif

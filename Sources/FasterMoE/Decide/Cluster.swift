@@ -205,15 +205,13 @@ package struct Cluster: Sendable {
   /// limit or the workers are one place.
   package var remoteShare: Double? {
     guard workers > 1 else { return nil }
-    // The lowest node in which all are together; the places are those below it.
-    var root = nodes.count - 1
-    while let child = nodes.indices.first(where: {
-      $0 != root && nodes[$0].parent == root && nodes[$0].seats.count == workers
-    }) { root = child }
-    return (0..<workers).compactMap { seat -> Double? in
-      var place = seat
-      while nodes[place].parent != root { place = nodes[place].parent }
-      return remoteShare(of: seat, leaving: place)
-    }.min()
+    return (0..<workers).compactMap { remoteShare(of: $0, leaving: widestPlace(of: $0)) }.min()
+  }
+
+  /// The node around a seat that is next below the lowest one in which all are together.
+  package func widestPlace(of seat: Int) -> Int {
+    var place = seat
+    while nodes[nodes[place].parent].seats.count < workers { place = nodes[place].parent }
+    return place
   }
 }
