@@ -106,7 +106,7 @@ fuzz: fuzz-library
 	$(MAKE) --no-print-directory -C Tests/Fuzz
 
 fuzz-library: packages-build
-	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product fastermoe --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \
 	  -Xswiftc -sanitize-coverage=edge,trace-cmp,inline-8bit-counters,pc-table
 
 # Everything that can be made to fail, made to fail; some minutes. Prints a table.

@@ -192,6 +192,7 @@ step "training by 1, 2 and 4 workers" workers_agree
 step "training saved and resumed" resumed
 step "routing recorded and replayed" replayed
 step "MPI: Open MPI, MPICH, several hosts" Tests/Cluster/run.sh "$prefix"
+step "the tool" Tests/tool.sh "$prefix"
 step "README program" readme_program
 step "CMake package" cmake_package
 step "uninstall" uninstall

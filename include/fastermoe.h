@@ -323,7 +323,7 @@ void fmoe_pass_destroy(fmoe_pass *pass); /* at any stage; its memory serves the 
 fmoe_status fmoe_cluster_of_group(fmoe_group *group, fmoe_cluster **out); /* FMOE_ERROR_STAGE before fmoe_group_calibrate or
                                                                              a profile; collective */
 fmoe_status fmoe_cluster_read(const char *path, fmoe_cluster **out);      /* a JSON description of any machine room, up to
-                                                                             4096 workers; docs/model.md has its keys */
+                                                                             16384 workers; docs/model.md has its keys */
 int32_t fmoe_cluster_size(fmoe_cluster *cluster);                         /* W; 0 of NULL */
 /* For remote_share: such that the link of the widest places that divide the workers is busy no longer than a worker's own,
  * the smallest over all of them.  0 of NULL, and where workers are in one place or their links have no limit. */

@@ -14,7 +14,8 @@ struct Bench: ParsableCommand {
 
   @Option(
     help: ArgumentHelp(
-      "Which shapes: A and B many rows, C few rows of many experts, D a few tokens, E small experts.", valueName: "letters"))
+      "Which shapes: A and B many rows, C few rows of many experts, D a few tokens, E small experts.",
+      valueName: "letters"))
   var shapes = "ABE"
 
   @Option(help: ArgumentHelp("Threads; 0: one for each core.", valueName: "number"))

@@ -196,7 +196,8 @@ struct ProgressBar {
     let share = min(1, (Seconds.now.value - start.value) / seconds)
     let full = Int(share * 40)
     Console.note(
-      "\r[\(String(repeating: "=", count: full))\(String(repeating: " ", count: 40 - full))] \(fixed(share * 100, 0)) %")
+      "\r[\(String(repeating: "=", count: full))\(String(repeating: " ", count: 40 - full))] \(fixed(share * 100, 0)) %"
+    )
   }
 
   func clear() { if isShown { Console.note("\r\u{1B}[K") } }

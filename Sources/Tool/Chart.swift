@@ -128,10 +128,6 @@ struct Chart {
 
 /// The DDL-Roofline (FasterMoE §3) with what strategies reach.
 enum RooflineChart {
-  static func write(_ predictions: [Prediction], on cluster: Cluster, _ shape: Shape, to path: String) throws(Failure) {
-    try make(predictions, on: cluster).write(to: path)
-  }
-
   static func make(_ predictions: [Prediction], on cluster: Cluster) throws(Failure) -> Chart {
     let sent = predictions.filter { $0.stepRatio != nil && $0.flopsPerWorker > 0 }
     guard !sent.isEmpty else {

@@ -10,7 +10,7 @@ struct Plan: ParsableCommand {
       Compares FastMoE (no shadow, nothing overlaps), ZeRO stage 3 (every expert fetched by everyone), Algorithm 1 of the \
       FasterMoE paper with its schedule, and what the library would choose.
 
-        fastermoe plan --cluster johnny.json --layer d=1024,h=2048,n=1024 --zipf 1.2 --roofline chart.svg
+        fastermoe plan --cluster johnny.json --layer d=1024,h=2048 --zipf 1.2
       """)
 
   @OptionGroup var cluster: ClusterOptions
@@ -91,7 +91,7 @@ struct Plan: ParsableCommand {
       means[index].seconds /= Double(batches)
       means[index].shadows /= Double(batches)
     }
-    if let roofline { try RooflineChart.write(first, on: cluster, shape, to: roofline) }
+    if let roofline { try RooflineChart.make(first, on: cluster).write(to: roofline) }
     let report = Report(
       workers: cluster.workers, experts: shape.experts, rows: rows, layer: description, batches: batches,
       strategies: first, trace: workload.trace == nil ? nil : means)
@@ -103,7 +103,10 @@ struct Plan: ParsableCommand {
           + table(
             ["", "mean ms", "times", "best", "worst", "shadows"],
             means.map {
-              [$0.strategy, fixed($0.seconds * 1e3, 3), fixed($0.speedup, 2), fixed($0.best, 2), fixed($0.worst, 2), fixed($0.shadows, 1)]
+              [
+                $0.strategy, fixed($0.seconds * 1e3, 3), fixed($0.speedup, 2), fixed($0.best, 2), fixed($0.worst, 2),
+                fixed($0.shadows, 1),
+              ]
             })
       }
       return text + Plan.words(first)
@@ -124,14 +127,16 @@ struct Plan: ParsableCommand {
           fixed($0.stepRatio ?? .infinity, 3), fixed($0.ideal * 1e3, 3), fixed($0.semiIdeal * 1e3, 3),
         ]
       })
-    text += "\n" + table(
-      ["", "bound by", "busiest worker ms", "busiest link ms", "of"],
-      predictions.map {
-        [
-          $0.strategy, $0.bound, fixed($0.busiestWorkerSeconds * 1e3, 3), fixed($0.busiestLinkSeconds * 1e3, 3),
-          $0.busiestLink ?? "-",
-        ]
-      }, left: [0, 1, 4])
+    text +=
+      "\n"
+      + table(
+        ["", "bound by", "busiest worker ms", "busiest link ms", "of"],
+        predictions.map {
+          [
+            $0.strategy, $0.bound, fixed($0.busiestWorkerSeconds * 1e3, 3), fixed($0.busiestLinkSeconds * 1e3, 3),
+            $0.busiestLink ?? "-",
+          ]
+        }, left: [0, 1, 4])
     for prediction in predictions where !prediction.shadows.isEmpty && prediction.strategy != Strategy.zero.rawValue {
       let shown = prediction.shadows.prefix(16).map(String.init).joined(separator: " ")
       text += "\nshadows of \(prediction.strategy): \(shown)\(prediction.shadows.count > 16 ? " ..." : "")\n"

@@ -181,7 +181,8 @@ package final class CountsReader {
       throw Failure(.file, "\(name): cannot be read: \(String(cString: strerror(errno)))")
     }
     guard worker == 0 || worker == workers else {
-      throw Failure(.file, "\(name): the batch before line \(line + 1) has \(worker) lines, not one for each of \(workers) workers")
+      throw Failure(
+        .file, "\(name): the batch up to line \(line) has \(worker) lines, not one for each of \(workers) workers")
     }
     return batch
   }
@@ -207,8 +208,10 @@ package final class CountsReader {
         value = value * 10 + Int(bytes[at] - 48)
         at += 1
       }
-      guard at > start, value <= Int(Int32.max), at == length || bytes[at] <= 32 || ",;#".utf8.contains(bytes[at]) else {
-        let word = String(decoding: bytes[start...].prefix { $0 > 32 && $0 != UInt8(ascii: ",") }.prefix(20), as: UTF8.self)
+      guard at > start, value <= Int(Int32.max), at == length || bytes[at] <= 32 || ",;#".utf8.contains(bytes[at])
+      else {
+        let rest = bytes[start...].prefix { $0 > 32 && $0 != UInt8(ascii: ",") }
+        let word = String(decoding: rest.prefix(20), as: UTF8.self)
         throw Failure(.file, "\(name): line \(line): \"\(word)\" is no whole number from 0 to \(Int32.max)")
       }
       if found < experts, worker < workers, let counts { counts[found] = UInt32(value) }
@@ -216,7 +219,8 @@ package final class CountsReader {
     }
     guard found > 0 else { return nil }
     guard worker < workers else {
-      throw Failure(.file, "\(name): line \(line) is one more than the \(workers) workers have; an empty line ends a batch")
+      throw Failure(
+        .file, "\(name): line \(line) is one more than there are workers, \(workers); an empty line ends a batch")
     }
     return found
   }
@@ -226,8 +230,10 @@ package final class CountsReader {
 struct WorkloadOptions: ParsableArguments {
   @Option(
     help: ArgumentHelp(
-      "Sizes, as d=1024,h=2048,E=16,k=2,n=1024,activation=gelu, or a JSON file: widths, experts (one for each worker), choices (2), tokens of each worker (1024), activation.",
-      valueName: "layer"))
+      """
+      Sizes, as d=1024,h=2048,E=16,k=2,n=1024,activation=gelu, or a JSON file: widths, experts (one for each worker), \
+      choices (2), tokens of each worker (1024), activation.
+      """, valueName: "layer"))
   var layer: String
 
   @Option(
@@ -236,7 +242,9 @@ struct WorkloadOptions: ParsableArguments {
       valueName: "file"))
   var counts: String?
 
-  @Option(help: ArgumentHelp("Popularity of experts by the law of Zipf with this exponent; 0, the default: all alike.", valueName: "s"))
+  @Option(
+    help: ArgumentHelp(
+      "Popularity of experts by the law of Zipf with this exponent; 0, the default: all alike.", valueName: "s"))
   var zipf: Double?
 
   @Option(help: ArgumentHelp("Counts of many batches, each ended by an empty line.", valueName: "file"))
@@ -280,7 +288,8 @@ struct ClusterOptions: ParsableArguments {
   var cluster: String
 
   @Option(
-    help: ArgumentHelp("As if the cluster had so many workers: the places in its root are repeated.", valueName: "number"))
+    help: ArgumentHelp(
+      "As if the cluster had so many workers: the places in its root are repeated.", valueName: "number"))
   var workers: Int?
 
   func read() throws(Failure) -> Cluster.Document {

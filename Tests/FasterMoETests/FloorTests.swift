@@ -52,6 +52,19 @@ import Testing
     #expect(withHeader == Self.files("CAPI").map(\.name).sorted(), "C structs stay on the roof")
   }
 
+  /// The tool stands beside the roof: on the library's own types, not on C's, and without a foreign library of its own.
+  @Test func theToolImportsTheLibraryAlone() {
+    let files = Self.files("Tool")
+    #expect(files.contains { $0.name == "Plan.swift" })
+    for file in files {
+      let imports = file.text.matches(of: /(?:^|\n)import (\w+)/).map { String($0.1) }
+      #expect(Set(imports).isSubset(of: ["ArgumentParser", "FasterMoE", "Glibc"]), "\(file.name) imports \(imports)")
+    }
+    for file in (Self.floors.map { "FasterMoE/\($0)" } + ["CAPI"]).flatMap(Self.files) {
+      #expect(!file.text.contains("import Tool") && !file.text.contains("import ArgumentParser"))
+    }
+  }
+
   @Test func decisionsKnowNoThreadsClocksOrFiles() {
     for file in Self.files("FasterMoE/Decide") {
       for word in ["Glibc", "pthread", "Atomic", "clock_gettime", "fopen", "Team"] {

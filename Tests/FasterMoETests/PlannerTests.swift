@@ -124,6 +124,28 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     #expect(seconds > 120.8 && seconds < 120.8 * 16 / 15 + 4, "\(seconds)")
   }
 
+  /// So many copies that two are played as one: that takes as long but for one bucket on its way.
+  @Test func bucketsOfCopiesTakeWhatSingleCopiesTake() throws {
+    let cluster = try Cluster(johnny.document.repeated(to: 2104))
+    let size = cluster.workers
+    let batch = Batch((0..<size).map { worker in (0..<size).map { ($0 * 7 + worker) % 40 == 0 ? 300 + $0 % 9 : 0 } })
+    let shape = try paperShape(1024, on: cluster)
+    let none = Volumes(batch.traffic, shape, on: cluster)
+    let buckets = Volumes(everyExpertOf: none)
+    var single = Volumes(none, shadows: Array(0..<size))
+    single.fetchesAgain = true
+    #expect(buckets.copiesAtOnce == 2 && single.copiesAtOnce == 1 && buckets.fetchesAgain)
+    var simulator = Simulator(batch.traffic, shape, on: cluster)
+    let seconds = [buckets, single].map { volumes in
+      let costs = simulator.costs(Groups(workers: size, size: size), volumes, volumes.moving)
+      let plan = Plan.everyExpert(workers: size, experts: (size + volumes.copiesAtOnce - 1) / volumes.copiesAtOnce)
+      return
+        (costs.forward(plan.forward, overlaps: true, slowdown: 1)
+        + costs.backward(plan.backward, overlaps: true, slowdown: 1)).value
+    }
+    #expect(abs(seconds[0] / seconds[1] - 1) < 3.0 / Double(size) * 2, "\(seconds)")
+  }
+
   // MARK: Any cluster and batch
 
   @Test func seatsFollowTheTree() throws {

@@ -167,7 +167,7 @@ package struct Volumes {
   package func reducing(to owner: Int) -> Seconds { cluster.around(shape.expertBytes, without: owner) }
 
   package var roofline: Roofline {
-    let (seconds, link) = busiest {
+    let (seconds, link) = longest {
       bothWays(2 * $0, 2 * $1, copies: fetches(over: $2) * (fetchesAgain ? 2 : 1) + reduces(over: $2))
     }
     return Roofline(
@@ -214,10 +214,10 @@ package struct Volumes {
   /// Seconds of the link that takes longest, where `rows` says what one carries by what goes up and down on its way there.
   private func busiestLink(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double)) -> Seconds
   {
-    busiest(rows).seconds
+    longest(rows).seconds
   }
 
-  private func busiest(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double))
+  private func longest(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double))
     -> (seconds: Seconds, link: Cluster.Link?)
   {
     var (longest, busiest) = (0.0, Cluster.Link?.none)
@@ -397,7 +397,8 @@ private struct LinkFlows {
   }
 
   /// Takes what goes to one seat's shadows off. O(W·shadows).
-  mutating func remove(_ experts: [Int], at target: Int, _ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
+  mutating func remove(_ experts: [Int], at target: Int, _ between: RowsBetween, on cluster: Cluster, _ groups: Groups)
+  {
     let (nodes, rounds, targetGroup) = (cluster.nodes.count, groups.count, groups.group(of: target))
     func take(_ seats: Range<Int>, top: Int) {
       for seat in seats {
