@@ -36,8 +36,9 @@ private func complaint(_ body: () throws -> Void) -> String? {
     #expect(short.experts == 4 && short.choices == 2 && short.activation == .gelu)
     #expect(try LayerDescription("d=64,h=128").shape(workers: 1).choices == 1, "no more choices than experts")
     try withFile(#"{"d_model": 64, "d_hidden": 128, "experts": 8, "top_k": 1, "tokens": 100, "activation": "swiglu"}"#)
-    {
-      #expect(try LayerDescription($0) == layer)
+    { path in
+      let read = try LayerDescription(path)
+      #expect(read == layer)
     }
   }
 
