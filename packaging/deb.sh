@@ -2,7 +2,7 @@
 # Debian packages of what `make install` installs: packaging/deb.sh FOLDER. `make deb` calls it; Tests/deb.sh tests them.
 #   libfastermoe0     the library, both builds of it
 #   libfastermoe-dev  headers, the link for linking, pkg-config and CMake packages, examples
-#   fastermoe-tools   programs and their manual pages, where `make install` installs some
+#   fastermoe-tools   programs, for both CPU levels, and their manual pages, where `make install` installs some
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "$1")
@@ -33,7 +33,7 @@ lib=usr/lib/$triplet
 mapfile -t libraries < <(cd "$all" && ls -d "$lib"/libfastermoe.so.* "$lib/glibc-hwcaps" 2>/dev/null)
 take libfastermoe0 "${libraries[@]}"
 take libfastermoe-dev usr/include "$lib/libfastermoe.so" "$lib/pkgconfig" "$lib/cmake"
-take fastermoe-tools usr/bin usr/share/man usr/share/bash-completion
+take fastermoe-tools usr/bin usr/lib/fastermoe usr/share/man usr/share/bash-completion
 left=$(find "$all" ! -type d)
 [ -z "$left" ] || { echo "installed and in no package: $left" >&2; exit 1; }
 rm -rf "$all"
