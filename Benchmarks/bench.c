@@ -1,8 +1,8 @@
 /* bench: how close a training step of one MoE layer comes to the machine's limits.
  *
- *   bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--repeats N] [--json FILE]
+ *   bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]
  *
- * A step is what a host does for each batch except its optimiser: begin_gradients, gate, forward, backward. Useful
+ * A step is what a host does for each batch except its optimiser: begin_gradients (or zero_gradients), gate, forward, backward. Useful
  * flops are those of the experts alone, 4·n·k·d·h forward and 12·n·k·d·h forward + backward; the gate, dispatch,
  * activation and combine count as lost time. Each figure is the best of its repeats, and each share is against
  * OpenBLAS's sgemm at 4096^3 on the same threads, timed between the repeats: speeds drift on shared machines. Beside
@@ -84,11 +84,13 @@ static void stop(bench *b) {
   free(b->x), free(b->y), free(b->dy), free(b->dx);
 }
 
+static int zeroes; /* whether a step zeroes gradients, instead of beginning them */
+
 /* Seconds of one forward alone (gate + forward), or of a training step. */
 static double step(bench *b, int backward) {
   fmoe_pass *pass;
   double begin = now();
-  if (backward) CHECK(fmoe_layer_begin_gradients(b->layer));
+  if (backward) CHECK((zeroes ? fmoe_layer_zero_gradients : fmoe_layer_begin_gradients)(b->layer));
   CHECK(fmoe_gate(b->layer, b->x, b->s.n, &pass));
   CHECK(fmoe_forward(pass, b->y));
   if (backward) CHECK(fmoe_backward(pass, b->dy, b->dx, NULL));
@@ -169,9 +171,10 @@ int main(int argc, char **argv) {
     else if (value && !strcmp(argv[i], "--threads")) threads_list = value;
     else if (value && !strcmp(argv[i], "--routing")) routings = value;
     else if (value && !strcmp(argv[i], "--repeats")) repeats = atoi(value);
+    else if (value && !strcmp(argv[i], "--gradients") && (!strcmp(value, "begin") || !strcmp(value, "zero"))) zeroes = *value == 'z';
     else if (value && !strcmp(argv[i], "--json")) json = value;
     else {
-      fprintf(stderr, "usage: bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--repeats N] [--json FILE]\n");
+      fprintf(stderr, "usage: bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]\n");
       return 2;
     }
   }
@@ -234,8 +237,9 @@ int main(int argc, char **argv) {
     }
   }
   if (out) fprintf(out, "\n ]}\n"), fclose(out);
-  printf("\nshare: useful expert flops over time, against sgemm on the same threads. step: begin_gradients, gate, forward, backward.\n"
+  printf("\nshare: useful expert flops over time, against sgemm on the same threads. step: %s_gradients, gate, forward, backward.\n"
          "OpenBLAS: its share with the bare products of a balanced step, on the same threads.\n"
-         "memory: peak beyond parameters and gradients, over n·k·(h + 2d) floats that backward needs.\n");
+         "memory: peak beyond parameters and gradients, over n·k·(h + 2d) floats that backward needs.\n",
+         zeroes ? "zero" : "begin");
   return 0;
 }

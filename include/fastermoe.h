@@ -160,9 +160,9 @@ enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWI
  * less than the mean load, takes it from that of every one with more.  Load is f, below.  Weights and gradients are by the
  * scores alone.
  *
- * f counts choices before a capacity drops any or SWIPE moves any.  In evaluation (fmoe_layer_set_training) capacities are twice as large and
- * nothing is left to chance.  What is drawn depends on the seed, on how many passes the layer has made and on a token's place
- * among all workers' tokens. */
+ * f counts choices before a capacity drops any or SWIPE moves any.  In evaluation (fmoe_layer_set_training) capacities are
+ * twice as large and nothing is left to chance.  What is drawn depends on the seed, on how many passes the layer has made and on
+ * a token's place among all workers' tokens. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
        FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6, FMOE_GATE_SWIPE = 7 };
 typedef struct fmoe_layer_options {
@@ -222,8 +222,8 @@ fmoe_status fmoe_layer_values(fmoe_layer *layer, fmoe_tensors *out);
 fmoe_status fmoe_layer_gradients(fmoe_layer *layer, fmoe_tensors *out); /* backward adds */
 fmoe_status fmoe_layer_zero_gradients(fmoe_layer *layer);
 /* As fmoe_layer_zero_gradients, but the memory is left to the next backward, which writes gradients instead of adding to them:
- * of experts with few rows that saves a third of a step.  Gradients are 0 for every call, while behind pointers taken before
- * stands anything, until backward, or fmoe_layer_gradients asked again, has written them. */
+ * with few rows an expert, zeroing and reading them is a large part of a step.  Gradients are 0 for every call, while behind
+ * pointers taken before stands anything, until backward, or fmoe_layer_gradients asked again, has written them. */
 fmoe_status fmoe_layer_begin_gradients(fmoe_layer *layer);
 /* Collective.  Afterwards every gradient is that of the mean over workers of their losses: what backward adds to w1 ... w3
  * is so already, those of gate and noise become so here, equal on all ranks.  grad_tokens stay those of the worker's own loss. */

@@ -132,7 +132,7 @@ struct Bench: ParsableCommand {
     found.peak = Peak.rate(of: group.team).value
     // The first one meets memory that nobody has touched.
     for round in 0...repeats {
-      layer.zeroGradients()
+      layer.beginGradients()
       let start = Seconds.now.value
       try layer.gate(tokens: tokens, count: n).end()
       let gated = Seconds.now.value

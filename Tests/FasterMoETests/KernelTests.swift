@@ -137,6 +137,23 @@ struct Numbers {
     }
   }
 
+  /// That `tile` [rows, 32] is what the packed strip gives, bit by bit.
+  private static func expectBitsOfTiles(
+    _ tile: UnsafePointer<Float>, _ left: Panels, rows: Int, strip: UnsafePointer<Float>, depth: Int
+  ) {
+    let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+    defer { expected.deallocate() }
+    Panels.forEach(rows: rows) { first, high in
+      Tiles.product(panel: left.panel(first), high: high, strip: strip, depth: depth, into: expected)
+      for i in 0..<high {
+        for c in 0..<32 {
+          #expect(
+            tile[(first + i) * 32 + c].bitPattern == expected[i * 32 + c].bitPattern, "rows \(rows), depth \(depth)")
+        }
+      }
+    }
+  }
+
   /// Weights read in place give the bits that packed strips give, for every row count and odd depths.
   @Test func fewRowsGiveTheBitsOfTiles() {
     var numbers = Numbers(5)
@@ -145,8 +162,7 @@ struct Numbers {
       let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
       let scratch = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.scratch(depth: depth))
       let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
-      let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
-      defer { for memory in [strip, scratch, tile, expected] { memory.deallocate() } }
+      defer { for memory in [strip, scratch, tile] { memory.deallocate() } }
       weights.withUnsafeBufferPointer { weights in
         let factor = Factor(transposing: weights.baseAddress!, depth: depth, columns: 32)
         #expect(factor.rowsInPlace(17) == nil && factor.rowsInPlace(16) == weights.baseAddress! + 16 * depth)
@@ -160,16 +176,7 @@ struct Numbers {
               left.panels, rows: rows, weights: factor.rowsInPlace(half * 16)!, depth: depth, scratch: scratch,
               into: tile + half * 16)
           }
-          Panels.forEach(rows: rows) { first, high in
-            Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: expected)
-            for i in 0..<high {
-              for c in 0..<32 {
-                #expect(
-                  tile[(first + i) * 32 + c].bitPattern == expected[i * 32 + c].bitPattern,
-                  "rows \(rows), depth \(depth)")
-              }
-            }
-          }
+          Self.expectBitsOfTiles(tile, left.panels, rows: rows, strip: strip, depth: depth)
         }
       }
     }
@@ -182,16 +189,15 @@ struct Numbers {
       let columns = 32
       let weights = numbers.array(columns * depth + 16)
       let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
-      let sums = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.mostAdded * 16)
+      let sums = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.most * 16)
       let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
-      let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
-      defer { for memory in [strip, sums, tile, expected] { memory.deallocate() } }
+      defer { for memory in [strip, sums, tile] { memory.deallocate() } }
       weights.withUnsafeBufferPointer { weights in
         let factor = Factor(weights.baseAddress!, depth: depth, columns: columns)
         #expect(factor.matrixInPlace == weights.baseAddress!)
         #expect(Factor(weights.baseAddress!, depth: depth, columns: columns - 1).matrixInPlace == nil)
         factor.pack(0, into: strip)
-        for rows in 1...FewRows.mostAdded {
+        for rows in 1...FewRows.most {
           let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
           defer { withExtendedLifetime(left) {} }
           for column in [0, 16] {
@@ -204,16 +210,7 @@ struct Numbers {
                 into: isLast ? tile + column : sums, apart: isLast ? 32 : 16)
             }
           }
-          Panels.forEach(rows: rows) { first, high in
-            Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: expected)
-            for i in 0..<high {
-              for c in 0..<32 {
-                #expect(
-                  tile[(first + i) * 32 + c].bitPattern == expected[i * 32 + c].bitPattern,
-                  "rows \(rows), depth \(depth)")
-              }
-            }
-          }
+          Self.expectBitsOfTiles(tile, left.panels, rows: rows, strip: strip, depth: depth)
         }
       }
     }

@@ -5,7 +5,7 @@ import CHints
 /// Packing pays when many rows share a strip. Below that it costs as much as the product, so here each weight goes from
 /// memory straight into its multiplications. Sums are the same chains as those of `Tiles`, so the bits are too.
 package enum FewRows {
-  /// Most rows that `product` takes.
+  /// Most rows that `product` and `add` take.
   #if WIDE_VECTORS
     package static let most = 48
   #else
@@ -20,7 +20,7 @@ package enum FewRows {
   private static func turned(_ rows: Int) -> Int { rows % 16 <= mostTurnedInRegisters ? rows % 16 : 0 }
 
   /// Scratch floats for rows of `depth`.
-  package static func scratch(depth: Int) -> Int { depth * max(most, mostAdded) + columns * 32 }
+  package static func scratch(depth: Int) -> Int { depth * most + columns * 32 }
 
   /// How many rows stand side by side: whole registers of 8.
   private static func lanes(_ rows: Int) -> Int { (rows + 7) / 8 * 8 }
@@ -119,15 +119,9 @@ package enum FewRows {
 // MARK: The other way round
 
 extension FewRows {
-  /// Most rows that meet a matrix whose rows are added up, where it stands.
-  #if WIDE_VECTORS
-    package static let mostAdded = 48
-  #else
-    package static let mostAdded = 24
-  #endif
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
   /// are a power of two apart, twice, since the next ones are on their way.
-  package static let depth = 64
+  package static let depthAtOnce = 64
 
   /// tile [rows, `apart`] = sums [rows, 16] + left [rows, depth from..<from + count] · weights [count, 16], whose rows are
   /// `stride` apart. `tile` may be `sums`.

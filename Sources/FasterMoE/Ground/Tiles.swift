@@ -4,7 +4,7 @@
 /// and columns are cut, and for how many threads, never changes a bit of the result.
 package enum Tiles {
   /// Room that the largest tile of any kernel takes.
-  static let floats = max(FewRows.most * Strip.width, FewRows.mostAdded * Strip.width, outerRows * outerBlocks * 16)
+  static let floats = max(FewRows.most * Strip.width, outerRows * outerBlocks * 16)
 
   /// tile [high, 32] = panel [high, depth] · strip [depth, 32].
   @inline(__always)

@@ -199,16 +199,10 @@ package final class Layer {
   /// Makes the memory of gradients hold what they are.
   func settleGradients() { if gradientsBegin { zeroGradients() } }
 
-  /// Whether a backward that is about to run may write the gradients of experts: from then on they are there.
-  /// `computes` says which experts it has rows for; those of the others become 0.
-  func takeBegunGradients(where computes: (Int) -> Bool) -> Bool {
-    guard gradientsBegin else { return false }
-    gradientsBegin = false
-    for expert in 0..<owned.count where !computes(expert) {
-      let tensors = ExpertTensors(gradients, expert, shape)
-      tensors.forEach(with: tensors, shape) { tensor, _, count in tensor.update(repeating: 0, count: count) }
-    }
-    return true
+  /// Whether the backward that is about to run must write all gradients of experts; from then on they are there.
+  func takeBegunGradients() -> Bool {
+    defer { gradientsBegin = false }
+    return gradientsBegin
   }
 
   /// Makes every gradient that of the mean over workers of their losses, which the experts' are from backward on.

@@ -56,7 +56,7 @@ package final class Pass: TeamWork {
   var job = Job.gate
   enum Job {
     case gate, packCopies, send, expertsForward, combineForward
-    case clearCopyGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
+    case clearGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
 
     /// As what it is recorded; nil for those whose tasks are.
     var kind: Recording.Kind? {
@@ -65,7 +65,7 @@ package final class Pass: TeamWork {
       case .packCopies: .packCopies
       case .send, .sendGrads: .packRows
       case .combineForward: .combine
-      case .clearCopyGrads: .clearCopyGrads
+      case .clearGrads: .clearGrads
       case .addCopyGrads: .addCopyGrads
       case .combineBackward: .combineGrads
       case .expertsForward, .expertsBackward: nil
@@ -248,8 +248,8 @@ package final class Pass: TeamWork {
     recordMeeting(.meetBackward)
     // To a shadowed expert's gradients others add, in no order that this pass knows.
     if !shadows.isEmpty { layer!.settleGradients() }
-    writesGradients = layer!.takeBegunGradients { inbox.latest[$0] >= 0 }
-    run(.clearCopyGrads, shadows.count)
+    writesGradients = layer!.takeBegunGradients()
+    if writesGradients || !shadows.isEmpty { run(.clearGrads, shadows.count + layer!.owned.count) }
     try throughExperts(plan.backward, send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     try gatherCopyGrads()
     run(.combineBackward, count)
@@ -298,7 +298,7 @@ package final class Pass: TeamWork {
     switch job {
     case .gate: context.chooseExperts()
     case .packCopies: context.packCopies(shadows)
-    case .clearCopyGrads: context.clearCopyGrads(shadows)
+    case .clearGrads: context.clearGrads(shadows)
     case .addCopyGrads: context.addCopyGrads(shadows, from: copyGrads)
     case .send: context.packTokens()
     case .expertsForward: context.forward(blocks: blocks)

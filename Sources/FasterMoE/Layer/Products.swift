@@ -32,7 +32,7 @@ extension PassContext {
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
   ) {
-    if rows <= FewRows.mostAdded, product.factor.matrixInPlace != nil {
+    if rows <= FewRows.most, product.factor.matrixInPlace != nil {
       return forEachTileInPlace(rows, product, second, body)
     }
     let panels = Panels.count(rows)
@@ -73,8 +73,8 @@ extension PassContext {
     let (depth, columns) = (product.factor.depth, product.factor.columns)
     product.fewRows.update(repeating: 0, count: rows * columns)
     second?.fewRows.update(repeating: 0, count: rows * columns)
-    for from in stride(from: 0, to: depth, by: FewRows.depth) {
-      let isLast = from + FewRows.depth >= depth
+    for from in stride(from: 0, to: depth, by: FewRows.depthAtOnce) {
+      let isLast = from + FewRows.depthAtOnce >= depth
       for column in stride(from: 0, to: columns, by: Strip.width) {
         product.add(rows, from, column, intoTile: isLast)
         second?.add(rows, from, column, intoTile: isLast)
@@ -234,7 +234,7 @@ extension PassContext.Product {
     for half in stride(from: column, to: min(column + Strip.width, factor.columns), by: 16) {
       let sums = fewRows + half * rows
       FewRows.add(
-        left, rows: rows, from: from, count: min(FewRows.depth, factor.depth - from),
+        left, rows: rows, from: from, count: min(FewRows.depthAtOnce, factor.depth - from),
         weights: factor.matrixInPlace! + (from * factor.columns + half), stride: factor.columns,
         to: sums, into: isLast ? tile + (half - column) : sums, apart: isLast ? Strip.width : 16)
     }

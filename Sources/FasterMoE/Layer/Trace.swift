@@ -197,7 +197,7 @@ package struct Trace: Encodable {
     case .gate: ("gate", .computation)
     case .packRows: ("pack rows", .computation)
     case .packCopies: ("pack shadowed experts", .computation)
-    case .clearCopyGrads: ("clear gradients of shadows", .computation)
+    case .clearGrads: ("clear gradients", .computation)
     case .addCopyGrads: ("add gradients of shadows", .computation)
     case .combine: ("combine", .computation)
     case .combineGrads: (pass.isGated ? "combine and gate's gradients" : "combine", .computation)

@@ -60,10 +60,17 @@ extension PassContext {
     }
   }
 
-  /// Zeroes the gradients that this worker will add to copies.
-  func clearCopyGrads(_ shadows: [Int]) {
-    while case let index = team.take(), index < shadows.count {
-      (inbox.copyGrads + index * inbox.copyFloats).update(repeating: 0, count: inbox.copyFloats)
+  /// Zeroes the gradients that this worker will add to copies and, where gradients are written, those of its experts that
+  /// have no rows.
+  func clearGrads(_ shadows: [Int]) {
+    while case let task = team.take(), task < shadows.count + layer.owned.count {
+      let expert = task - shadows.count
+      if expert < 0 {
+        (inbox.copyGrads + task * inbox.copyFloats).update(repeating: 0, count: inbox.copyFloats)
+      } else if writesGradients, inbox.latest[expert] < 0 {
+        let tensors = ExpertTensors(layer.gradients, expert, shape)
+        tensors.forEach(with: tensors, shape) { tensor, _, count in tensor.update(repeating: 0, count: count) }
+      }
     }
   }
 
