@@ -20,6 +20,75 @@ __attribute__((always_inline)) static inline hint_lanes hint_square_root(hint_la
   return __builtin_elementwise_sqrt(x);
 }
 
+/* Over the lanes, halving them each time, where Swift's own go lane by lane: their sum; their highest, if none is NaN. */
+typedef float hint_8_lanes __attribute__((ext_vector_type(8)));
+typedef float hint_4_lanes __attribute__((ext_vector_type(4)));
+__attribute__((always_inline)) static inline float hint_sum(hint_lanes x) {
+  hint_8_lanes a = x.lo + x.hi;
+  hint_4_lanes b = a.lo + a.hi;
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+__attribute__((always_inline)) static inline float hint_highest(hint_lanes x) {
+  hint_8_lanes a = x.lo > x.hi ? x.lo : x.hi;
+  hint_4_lanes b = a.lo > a.hi ? a.lo : a.hi, c = b > b.zwxy ? b : b.zwxy, d = c > c.yxwz ? c : c.yxwz;
+  return d[0];
+}
+
+/* A bit for each lane of x that is at least, or that equals the one of y. */
+typedef _Bool hint_flags __attribute__((ext_vector_type(16)));
+__attribute__((always_inline)) static inline unsigned hint_at_least(hint_lanes x, hint_lanes y) {
+  return __builtin_bit_cast(unsigned short, __builtin_convertvector(x >= y, hint_flags));
+}
+__attribute__((always_inline)) static inline unsigned hint_equal(hint_lanes x, hint_lanes y) {
+  return __builtin_bit_cast(unsigned short, __builtin_convertvector(x == y, hint_flags));
+}
+
+/* 16 rows of 16 lanes, side by side, as 16 columns: each round of four takes the rows apart as one shuffles cards. */
+static inline void hint_transpose(float *rows) {
+  hint_lanes from[16], to[16];
+  for (int i = 0; i < 16; i++) from[i] = ((const hint_lanes *)rows)[i];
+  for (int round = 0; round < 4; round++) {
+    for (int i = 0; i < 8; i++) {
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * i + 1] =
+        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < 16; i++) from[i] = to[i];
+  }
+  for (int i = 0; i < 16; i++) ((hint_lanes *)rows)[i] = from[i];
+}
+
+/* Each even lane twice, each odd lane twice. */
+__attribute__((always_inline)) static inline hint_lanes hint_evens(hint_lanes x) {
+  return __builtin_shufflevector(x, x, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+}
+__attribute__((always_inline)) static inline hint_lanes hint_odds(hint_lanes x) {
+  return __builtin_shufflevector(x, x, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
+}
+
+/* The finaliser of SplitMix64 for 8 words at once: Swift multiplies them one by one. */
+typedef unsigned long long hint_words __attribute__((ext_vector_type(8)));
+__attribute__((always_inline)) static inline hint_words hint_mix(hint_words z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+/* Draws as whole numbers below 2^24: the upper bits of 16 words, or those of both halves of 8. */
+typedef int hint_8_ints __attribute__((ext_vector_type(8)));
+typedef int hint_16_ints __attribute__((ext_vector_type(16)));
+typedef unsigned hint_16_halves __attribute__((ext_vector_type(16)));
+__attribute__((always_inline)) static inline hint_lanes hint_upper_bits(hint_words low, hint_words high) {
+  hint_16_ints bits;
+  bits.lo = __builtin_convertvector(low >> 40, hint_8_ints);
+  bits.hi = __builtin_convertvector(high >> 40, hint_8_ints);
+  return __builtin_convertvector(bits, hint_lanes);
+}
+__attribute__((always_inline)) static inline hint_lanes hint_upper_bits_of_halves(hint_words words) {
+  hint_16_halves bits = __builtin_bit_cast(hint_16_halves, words) >> 8;
+  return __builtin_convertvector(__builtin_bit_cast(hint_16_ints, bits), hint_lanes);
+}
+
 /* Nothing but fused multiply-adds in registers, which Swift's compiler takes apart here: `rounds` of HINT_CHAINS
  * independent ones of 16 lanes, enough for all that a core begins before the first is done. Returns what keeps them. */
 #ifdef __AVX512F__

@@ -21,18 +21,24 @@ static uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-static double drawn(uint64_t of_layer, uint64_t stream, int64_t index) { /* [0, 1) */
+static uint64_t draw(uint64_t of_layer, uint64_t stream, int64_t index) {
   uint64_t key = mix(mix(of_layer + UINT64_C(0x9E3779B97F4A7C15)) ^ stream * UINT64_C(0xD1B54A32D192ED03));
-  return ldexp((double)(mix(key + (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15)) >> 40), -24);
+  return mix(key + (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15));
+}
+
+static double drawn(uint64_t of_layer, uint64_t stream, int64_t index) { /* [0, 1) */
+  return ldexp((double)(draw(of_layer, stream, index) >> 40), -24);
 }
 
 static double share_of(uint64_t of_layer, int64_t pass, int64_t index) {
   return drawn(of_layer, (UINT64_C(1) << 32) + (uint64_t)pass, index);
 }
 
-/* A factor of the gate's input. */
+/* A factor of the gate's input: each draw gives two, from its lower and its upper half. */
 static double jitter_of(uint64_t of_layer, int64_t pass, int64_t index, double bound) {
-  return 1 + (2 * drawn(of_layer, (UINT64_C(1) << 48) + (uint64_t)pass, index) - 1) * bound;
+  const uint64_t word = draw(of_layer, (UINT64_C(1) << 48) + (uint64_t)pass, index / 2);
+  const uint32_t half = (uint32_t)(index % 2 ? word >> 32 : word);
+  return 1 + (2 * ldexp((double)(half >> 8), -24) - 1) * bound;
 }
 
 /* Box and Muller. */

@@ -1,3 +1,5 @@
+import CHints
+
 /// Uniform numbers that depend only on a seed, a stream and an index, so that any worker can make any part of a tensor.
 package struct RandomStream {
   private let key: UInt64
@@ -18,17 +20,34 @@ package struct RandomStream {
     return Float(bits >> 40) * 0x1p-24
   }
 
+  /// 16 numbers uniform in [-bound, bound), two from each of the 8 draws at `index` and behind: from its lower half, then
+  /// from its upper one.
+  @inline(__always) package func uniforms(_ index: Int, bound: Float) -> Vector {
+    (hint_upper_bits_of_halves(words(index)) * 0x1p-23 - 1) * bound
+  }
+
+  /// The numbers of `share` at `index` and the 15 behind.
+  @inline(__always) package func shares(_ index: Int) -> Vector {
+    hint_upper_bits(words(index), words(index + 8)) * 0x1p-24
+  }
+
   /// 16 independent numbers of the normal distribution, from `index` on, which 16 divides: by the method of Box and Muller,
   /// each two from a radius and an angle.
   @inline(__always) package func normals(_ index: Int) -> Vector {
-    var (radii, angles) = (Vector.zero, Vector.zero)
-    for pair in stride(from: 0, to: 16, by: 2) {
-      let radius = 1 - share(index + pair)
-      let angle = share(index + pair + 1)
-      (radii[pair], radii[pair + 1]) = (radius, radius)
-      (angles[pair], angles[pair + 1]) = (angle, angle - 0.25)  // the sine is a cosine a quarter of a turn before
-    }
-    return (naturalLogarithm(radii) * -2).squareRoot() * cosineOfTurns(angles)
+    let shares = shares(index)
+    // The sine is a cosine a quarter of a turn before.
+    let angles = hint_odds(shares) - RandomStream.quarterOfOdds
+    return squareRoot(naturalLogarithm(1 - hint_evens(shares)) * -2) * cosineOfTurns(angles)
+  }
+
+  private static var quarterOfOdds: Vector {
+    Vector(0, 0.25, 0, 0.25, 0, 0.25, 0, 0.25, 0, 0.25, 0, 0.25, 0, 0.25, 0, 0.25)
+  }
+
+  /// The draws at `index` and the 7 behind.
+  @inline(__always) private func words(_ index: Int) -> SIMD8<UInt64> {
+    let places = SIMD8<UInt64>(0, 1, 2, 3, 4, 5, 6, 7) &* 0x9E37_79B9_7F4A_7C15
+    return hint_mix(places &+ (key &+ UInt64(truncatingIfNeeded: index) &* 0x9E37_79B9_7F4A_7C15))
   }
 
   /// The finaliser of SplitMix64 (Steele, Lea, Flood 2014): each input bit changes half of the output bits.

@@ -42,6 +42,13 @@ extension Vector {
     replacing(with: low, where: self .< low).replacing(with: high, where: self .> high)
   }
 
+  /// The sum of all lanes, by halves.
+  @inline(__always) package var total: Float { hint_sum(self) }
+  /// The highest lane where none is NaN.
+  @inline(__always) package var highest: Float { hint_highest(self) }
+  /// And the lowest; never -0.
+  @inline(__always) package var lowest: Float { 0 - hint_highest(0 - self) }
+
   /// a·b + c, rounded once.
   @inline(__always) func times(_ factor: Vector, plus addend: Vector) -> Vector { addend.addingProduct(self, factor) }
   @inline(__always) func times(_ factor: Vector, plus addend: Float) -> Vector {

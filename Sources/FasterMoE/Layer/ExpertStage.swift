@@ -200,7 +200,7 @@ extension PassContext {
           sum.addProduct(grad.vector(at: column, first: width), UnsafePointer(bias).vector(at: column, first: width))
         }
       }
-      source.setGradWeight(at, sum.sum())
+      source.setGradWeight(at, sum.total)
     }
   }
 

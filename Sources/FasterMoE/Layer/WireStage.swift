@@ -23,7 +23,7 @@ extension PassContext {
         sum.addProduct(dy, result.vector(at: column, first: width))
         to.store(dy * weight, at: column, first: width)
       }
-      store.gradWeights[slot] = sum.sum()
+      store.gradWeights[slot] = sum.total
     }
   }
 

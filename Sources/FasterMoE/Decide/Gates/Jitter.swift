@@ -12,10 +12,9 @@ package struct Jitter {
   }
 
   /// The 16 factors of a token's columns from `column` on, which 16 divides; `token` is its place among all workers'.
+  /// Each draw gives two.
   @inline(__always) package func factors(_ token: Int, _ column: Int) -> Vector {
-    var factors = Vector.zero
-    for lane in 0..<Panels.lanes { factors[lane] = random.uniform(token * padded + column + lane, bound: bound) }
-    return factors + 1
+    random.uniforms((token * padded + column) / 2, bound: bound) + 1
   }
 
   /// Jitters `rows` tokens from `token` on, whose columns from `column` on are in `panels`.

@@ -33,7 +33,7 @@ package struct RouterLosses: Sendable {
     var inner = Vector.zero
     for block in stride(from: 0, to: padded, by: 16) { inner.addProduct(p.vector(at: block), f.vector(at: block)) }
     let balanceScale = Float(balance * Double(experts) / Double(tokens))
-    let constant = Float(z * 2 / Double(tokens)) * logSum - balanceScale * inner.sum()
+    let constant = Float(z * 2 / Double(tokens)) * logSum - balanceScale * inner.total
     for block in stride(from: 0, to: padded, by: 16) {
       let slope = f.vector(at: block).times(Vector(repeating: balanceScale), plus: constant)
       gradLogits.store(p.vector(at: block).times(slope, plus: gradLogits.vector(at: block)), at: block)

@@ -86,7 +86,7 @@ package struct Noise {
     var chosen: Float = 0
     for choice in 0..<k { chosen += clean[Int(picks[choice])] }
     gradScores[bars.ofChosen] -= chosen
-    gradScores[bars.ofOthers] -= all.sum() - chosen
+    gradScores[bars.ofOthers] -= all.total - chosen
   }
 
   /// Without a loss of loads there is nothing but the noisy scores.

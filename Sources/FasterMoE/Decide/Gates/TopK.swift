@@ -1,3 +1,5 @@
+import CHints
+
 /// The k highest logits of a token, with which every gate begins. Ties go to the lower expert; NaN ranks lowest.
 package enum TopK {
   /// Chooses from one token's `logits` [E, padded to 16 with -∞], which are destroyed; the highest comes first.
@@ -15,7 +17,7 @@ package enum TopK {
         let x = logits.vector(at: block)
         high.replace(with: x, where: x .> high)
       }
-      let best = high.max()
+      let best = high.highest
       // When all that is left is -∞ (or was NaN), the marks of earlier choices look the same: take the lowest ones free.
       guard best > -.infinity else {
         var next = choice
@@ -25,8 +27,12 @@ package enum TopK {
         }
         return
       }
-      var expert = 0
-      while logits[expert] != best { expert += 1 }
+      var (block, marks) = (0, hint_equal(logits.vector(), Vector(repeating: best)))
+      while marks == 0 {
+        block += 16
+        marks = hint_equal(logits.vector(at: block), Vector(repeating: best))
+      }
+      let expert = block + marks.trailingZeroBitCount
       choices[choice] = Int32(expert)
       logits[expert] = -.infinity
     }
@@ -42,7 +48,7 @@ package enum TopK {
       let x = logits.vector(at: block)
       high.replace(with: x, where: x .> high)
     }
-    let highest = high.max()
+    let highest = high.highest
     var sum = Vector.zero
     for block in stride(from: 0, to: padded, by: 16) {
       let x = logits.vector(at: block)
@@ -51,7 +57,7 @@ package enum TopK {
       p.store(e, at: block)
       sum += e
     }
-    let total = sum.sum()
+    let total = sum.total
     let scale = 1 / total
     for block in stride(from: 0, to: padded, by: 16) { p.store(p.vector(at: block) * scale, at: block) }
     return highest + naturalLogarithm(total)

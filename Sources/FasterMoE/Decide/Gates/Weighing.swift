@@ -40,6 +40,14 @@ package enum Weighing: Sendable {
   private static func softmaxOfChosen(
     _ picks: UnsafePointer<Int32>, _ s: UnsafeMutablePointer<Float>, choices k: Int
   ) {
+    if k == 2 && picks[0] >= 0 && picks[1] >= 0 {
+      // Both from the one exponential that is not 1.
+      let higher = s[1] > s[0] ? 1 : 0
+      let e = exponential(Vector(repeating: s[1 - higher] - s[higher]))[0]
+      let share = 1 / (1 + e)
+      (s[higher], s[1 - higher]) = (share, e * share)
+      return
+    }
     guard let first = (0..<k).first(where: { picks[$0] >= 0 }) else { return }
     var highest = s[first]
     for choice in first..<k where picks[choice] >= 0 && s[choice] > highest { highest = s[choice] }
