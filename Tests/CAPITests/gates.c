@@ -799,6 +799,12 @@ static void run_oddity(crew *c, int32_t rank, void *context) {
       if (odd->gate == FMOE_GATE_BASE && training)
         CHECK(r.counts[e] <= (n + E - 1) / E, "kind %d: expert %d gets %d", odd->kind, e, (int)r.counts[e]);
     }
+    /* Scores that are all equal: each loss is its coefficient times what it is where all experts are as likely. */
+    if (odd->kind % 4 == 0 && odd->gate != FMOE_GATE_NOISY && training) {
+      const double balance = odd->gate == FMOE_GATE_BASE ? 0 : 0.1, z = 0.1 * log(E) * log(E);
+      CHECK(fabs(r.balance_loss - balance) < 1e-6 && fabs(r.z_loss - z) < 1e-6, "gate %d, kind %d, %d ranks: losses %g, %g",
+            odd->gate, odd->kind, c->ranks, r.balance_loss, r.z_loss);
+    }
     CHECK(!strange && !twice && counted == live && r.dropped == n * r.top_k - live, "gate %d, kind %d, %d ranks",
           odd->gate, odd->kind, c->ranks);
     EXPECT(FMOE_OK, fmoe_forward(pass, y[rank]));
