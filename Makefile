@@ -32,7 +32,7 @@ all: build
 # ---- what the system must have ------------------------------------------------------------------------------------
 APT_BUILD := libhwloc-dev pkg-config gcc g++ libc6-dev
 APT_MPI   := libopenmpi-dev openmpi-bin libmpich-dev mpich
-APT_TEST  := $(APT_BUILD) clang valgrind cmake dpkg-dev $(APT_MPI) iproute2
+APT_TEST  := $(APT_BUILD) clang valgrind cmake dpkg-dev python3-venv $(APT_MPI) iproute2
 APT_BENCH := $(APT_BUILD) libopenblas-dev
 apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
   if [ -n "$$missing" ]; then echo "installing:$$missing"; \
@@ -41,6 +41,10 @@ apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$m
 packages-build: ; $(call apt,$(APT_BUILD))
 packages-test:  ; $(call apt,$(APT_TEST))
 packages-bench: ; $(call apt,$(APT_BENCH))
+# Python's safetensors, for the test that exchanges files with it, in a folder of its own; where there is none, the test says so.
+export PYTHON ?= $(OUT)/python/bin/python3
+$(OUT)/python/bin/python3:
+	{ python3 -m venv $(OUT)/python && $@ -m pip install --quiet --disable-pip-version-check safetensors numpy; } || rm -rf $(OUT)/python
 
 # ---- the library --------------------------------------------------------------------------------------------------
 build: packages-build
@@ -98,12 +102,12 @@ demo: stage
 	PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig $(MAKE) --no-print-directory -C examples/c BUILD=$(OUT)/examples RPATH=1 all
 	$(OUT)/examples/train_gpt --seconds $(DEMO_SECONDS)
 
-test: packages-test stage
+test: packages-test stage | $(filter $(OUT)/%,$(PYTHON))
 	Tests/all.sh $(STAGE)
 
-# Fuzzers, SECONDS each, by the compiler that comes with Swift: Tests/Fuzz. FUZZERS="calls plans" names some of them.
+# Fuzzers, two at a time, SECONDS each, by the compiler that comes with Swift: Tests/Fuzz. FUZZERS="calls plans" names some of them.
 fuzz: fuzz-library
-	$(MAKE) --no-print-directory -C Tests/Fuzz
+	$(MAKE) --no-print-directory -C Tests/Fuzz -j 2
 
 fuzz-library: packages-build
 	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product fastermoe --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \

@@ -185,7 +185,7 @@ step "C and C++ interface, gcc and clang" c_interface test
 step "programs of an older version on this library" Tests/old_binaries.sh "$prefix"
 step "C interface under valgrind" c_interface valgrind
 step "C interface under the address sanitizer" c_interface asan
-step "fuzzers, address sanitizer in the library" fuzzers 10
+step "fuzzers, address sanitizer in the library" fuzzers 60
 step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
 step "examples from the build tree, clang" examples "$PWD/build/pkgconfig" clang clang++
 step "training by 1, 2 and 4 workers" workers_agree

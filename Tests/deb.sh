@@ -40,7 +40,9 @@ EOF
 cmake -S "$root/cmake" -B "$root/cmake/build" -DCMAKE_PREFIX_PATH="$root/usr" >"$root/log" && cmake --build "$root/cmake/build" >>"$root/log" &&
   "$root/cmake/build/step" >/dev/null || { cat "$root/log"; fail "the CMake package"; }
 if [ -e "${tools[0]}" ]; then "$root/usr/bin/fastermoe" --help >/dev/null || fail "fastermoe --help"; fi
-if command -v lintian >/dev/null; then lintian --fail-on error "${present[@]}"; else echo "deb.sh: no lintian here, not run"; fi
+# What is not for sources to say: an address (DEBEMAIL), and a bug in which Debian was asked to take the package.
+unsaid=bogus-mail-host,bogus-mail-host-in-debian-changelog,initial-upload-closes-no-bugs
+if command -v lintian >/dev/null; then lintian --allow-root --fail-on error,warning --suppress-tags $unsaid "${present[@]}"; else echo "deb.sh: no lintian here, not run"; fi
 
 names=$(for p in "${present[@]}"; do dpkg-deb -f "$p" Package; done)
 # shellcheck disable=SC2086

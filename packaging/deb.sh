@@ -9,7 +9,8 @@ out=$(realpath -m "$1")
 version=$(awk '/define FMOE_VERSION_(MAJOR|MINOR|PATCH)/ {v = v s $3; s = "."} END {print v}' include/fastermoe.h)-1
 triplet=$(dpkg-architecture -qDEB_HOST_MULTIARCH)
 architecture=$(dpkg-architecture -qDEB_HOST_ARCH)
-maintainer="FasterMoE <fastermoe@localhost>"
+# Of whoever builds them, in the variables that Debian's own tools read; nobody is named in the sources.
+maintainer="${DEBFULLNAME:-FasterMoE} <${DEBEMAIL:-fastermoe@localhost}>"
 # The same sources give the same packages.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)}
 export SOURCE_DATE_EPOCH
@@ -59,13 +60,23 @@ package() {
   local name=$1 place=$out/$1 doc=$out/$1/usr/share/doc/$1
   mkdir -p "$place/DEBIAN" "$doc"
   {
-    printf 'FasterMoE %s\n\nInside the library are the Swift runtime, its standard library and FoundationEssentials,\n' "${version%-*}"
+    printf 'FasterMoE %s\n\nInside are the Swift runtime, its standard library and FoundationEssentials,\n' "${version%-*}"
+    printf 'Copyright (c) 2014-2026 Apple Inc. and the Swift project authors,\n'
     printf 'Apache License 2.0 with Runtime Library Exception (/usr/share/common-licenses/Apache-2.0).\n'
     if [ -e LICENSE ]; then printf '\nFasterMoE itself:\n\n' && cat LICENSE; else printf '\nOf FasterMoE itself no licence is stated.\n'; fi
   } >"$doc/copyright"
   {
     printf 'fastermoe (%s) unstable; urgency=medium\n\n' "$version"
-    awk '/^## / {sections++} sections == 1 && /^(- |  )/ {sub(/^- /, "* "); print "  " $0}' CHANGELOG.md
+    awk '/^## / { sections++ } sections != 1 { next }
+      /^- / { point() } /^(- |  )/ { sub(/^- /, ""); words = words " " $0 } END { point() }
+      function point(  n, word, i, line) { # an entry in lines of at most 78 columns
+        n = split(words, word, " "); line = "  *"; words = ""
+        for (i = 1; i <= n; i++) {
+          if (length(line) + 1 + length(word[i]) > 78) { print line; line = "   " }
+          line = line " " word[i]
+        }
+        if (n) print line
+      }' CHANGELOG.md
     printf '\n -- %s  %s\n' "$maintainer" "$(date -uR -d "@$SOURCE_DATE_EPOCH")"
   } | gzip -9n >"$doc/changelog.Debian.gz"
   {
@@ -83,8 +94,9 @@ package() {
   echo "$out/${name}_${version}_$architecture.deb"
 }
 
-about=" FasterMoE trains mixture-of-experts layers whose experts are spread over many workers,
- threads of one process or MPI processes on many machines. It is a C library."
+about=" FasterMoE trains mixture-of-experts layers whose experts are spread over many
+ workers, threads of one process or MPI processes on many machines. It is a C
+ library."
 [ ! -d "$out/fastermoe-tools" ] || tools=$(needs fastermoe-tools)
 depends=$(needs libfastermoe0)
 mkdir -p "$out/libfastermoe0/DEBIAN"

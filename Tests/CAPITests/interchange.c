@@ -29,7 +29,7 @@ int main(void) {
   if (!mkdtemp(folder)) return perror(folder), 2;
   int code = python("write");
   if (code == 77 || code == 127) {
-    printf("interchange: not tested, there is no Python with safetensors and numpy here (PYTHON names another one)\n");
+    printf("not run: interchange, there is no Python with safetensors and numpy here (PYTHON names another one)\n");
     rmdir(folder);
     return summary();
   }

@@ -12,6 +12,7 @@ enum { MOST = 3, LAYERS = 2, PASSES = 3, N = 6, D = 5, H = 3, E = 6, K = 2, INST
 
 typedef struct hand { /* what a rank holds */
   fmoe_group *group;
+  int is_alone;
   fmoe_layer *layers[LAYERS];
   fmoe_pass *passes[PASSES];
   fmoe_cluster *cluster;
@@ -39,7 +40,7 @@ static fmoe_status create(hand *h, uint8_t with, int is_odd) {
   fmoe_layer_options o = {.struct_size = sizeof o, .top_k = with & 1 ? 1 : 0, .d_model = D, .d_hidden = H, .experts = E,
                           .activation = with % 5, .gate = with % 7, .seed = 3};
   if (o.gate != FMOE_GATE_BASE && with & 32) o.balance_loss = 0.1;
-  if (is_odd) o.d_model += with & 64 ? 1 : -D;
+  if (is_odd) o.d_model += with & 64 && !h->is_alone ? 1 : -D; /* alone, one column more than rows have would be fine */
   fmoe_status status = FAIR(fmoe_layer_create(h->group, &o, &fresh));
   fmoe_layer **place = &h->layers[with >> 7];
   if (status == FMOE_OK) fmoe_layer_destroy(*place);
@@ -133,7 +134,7 @@ static fmoe_status follow(hand *h, int32_t rank, uint8_t what, uint8_t with, int
 
 static void perform(crew *c, int32_t rank, void *context) {
   script *s = context;
-  hand h = {.group = c->groups[rank]};
+  hand h = {.group = c->groups[rank], .is_alone = c->ranks == 1};
   for (int p = 0; p < PASSES; p++)
     for (int i = 0; i < 4; i++) {
       if (!(h.rows[p][i] = malloc(sizeof(float) * N * D))) abort();
