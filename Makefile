@@ -136,7 +136,7 @@ bench: packages-bench stage
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm -pthread
 	$(OUT)/workers --json $(OUT)/workers.json
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/gates.c -o $(OUT)/gates \
-	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib
+	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -pthread
 	$(OUT)/gates
 	gcc -std=gnu11 -O3 -Wall -Wextra Benchmarks/plan.c -o $(OUT)/plan \
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe) -Wl,-rpath,$(STAGE)/lib -lm
