@@ -34,7 +34,7 @@ __attribute__((always_inline)) static inline float hint_highest(hint_lanes x) {
   return d[0];
 }
 
-/* A bit for each lane of x that is at least, or that equals the one of y. */
+/* A bit for each lane of x that is at least, or that equals, the one of y. */
 typedef _Bool hint_flags __attribute__((ext_vector_type(16)));
 __attribute__((always_inline)) static inline unsigned hint_at_least(hint_lanes x, hint_lanes y) {
   return __builtin_bit_cast(unsigned short, __builtin_convertvector(x >= y, hint_flags));
@@ -43,7 +43,8 @@ __attribute__((always_inline)) static inline unsigned hint_equal(hint_lanes x, h
   return __builtin_bit_cast(unsigned short, __builtin_convertvector(x == y, hint_flags));
 }
 
-/* 16 rows of 16 lanes, side by side, as 16 columns: each round of four takes the rows apart as one shuffles cards. */
+/* Makes columns of 16 rows of 16 lanes, in their place: four times the upper half of rows is shuffled into the lower one, as
+ * cards are. */
 static inline void hint_transpose(float *rows) {
   hint_lanes from[16], to[16];
   for (int i = 0; i < 16; i++) from[i] = ((const hint_lanes *)rows)[i];

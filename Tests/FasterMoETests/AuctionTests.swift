@@ -178,8 +178,12 @@ import Testing
 
   @Test func scoresWithoutAnOrderStillShareOut() throws {
     for (n, experts) in [(64, 8), (1024, 16), (5, 8), (67, 8)] {
-      for (kind, logits) in degenerate(n, experts).enumerated() {
+      // Values whose differences are no numbers end the auction by its bound of rounds.
+      var numbers = Numbers(54)
+      let huge = (0..<n).map { _ in numbers.array(experts).map { $0 * 3.3e38 } }
+      for (kind, logits) in (degenerate(n, experts) + [huge]).enumerated() {
         let got = try Self.assign(logits)
+        #expect(got.rounds <= Auction.mostRounds)
         let counts = (0..<experts).map { expert in got.holders.count { $0 == expert } }
         #expect(counts.reduce(0, +) == n && counts.allSatisfy { $0 <= (n + experts - 1) / experts }, "\(kind)")
         if n % experts == 0 { #expect(Set(counts) == [n / experts]) }

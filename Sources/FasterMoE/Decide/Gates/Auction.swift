@@ -48,8 +48,6 @@ package struct Auction {
     square = arena.take(Auction.lanes * Auction.lanes)
   }
 
-  package func set(_ value: Float, of job: Int, to bidder: Int) { values[bidder * padded + job] = value }
-
   /// Sets the values of `square`, a row for each job from `job` on; of those bidders and jobs that there are. Jobs come in
   /// order, 16 at a time.
   package func setSquare(of job: Int, to bidder: Int) {
@@ -71,7 +69,6 @@ package struct Auction {
       }
       winners.update(from: holders, count: padded)
       for bidder in 0..<bidders where held[bidder] < each { bid(bidder, step) }
-      var free = 0
       for job in 0..<places where winners[job] != holders[job] {
         if holders[job] >= 0 { held[Int(holders[job])] -= 1 }
         held[Int(winners[job])] += 1
@@ -80,8 +77,7 @@ package struct Auction {
         prices.store(prices.vector(at: block) + bids.vector(at: block), at: block)
       }
       holders.update(from: winners, count: padded)
-      for bidder in 0..<bidders { free += each - held[bidder] }
-      if free == 0 { return round }
+      if (0..<bidders).allSatisfy({ held[$0] == each }) { return round }
     }
     for job in 0..<places where holders[job] < 0 {
       var best = -1
