@@ -4,6 +4,7 @@ The target is the highest of the best held-out losses of all trainings, which so
 held-out text a loss is taken as linear; a time is what the experts of all steps before take, as those that were sampled do."""
 import collections
 import csv
+import math
 import sys
 
 COLOURS = {"topk": "#4477aa", "bias": "#66ccee", "noisy": "#228833", "switch": "#ccbb44", "gshard": "#ee6677",
@@ -57,8 +58,10 @@ def panel(out, left, title, curves, low, high):
         value = low + (high - low) * tick / 10
         out.append(f'<path d="M{left} {y(value):.1f} H{left + width}" stroke="#ddd"/>')
         out.append(f'<text x="{left - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-    for tick in range(0, 5):
-        value = most * tick / 4
+    digit = 10 ** math.floor(math.log10(most / 5))
+    apart = next(times * digit for times in (1, 2, 5, 10) if most <= 5 * times * digit)
+    for tick in range(0, int(most / apart) + 1):
+        value = apart * tick
         out.append(f'<text x="{x(value):.1f}" y="{top + height + 18}" text-anchor="middle">{value:.4g}</text>')
     for gate, curve in curves.items():
         points = " ".join(f"{x(at):.1f},{y(loss):.1f}" for at, loss in curve if loss <= high)
