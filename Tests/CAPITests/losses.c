@@ -297,7 +297,7 @@ static int check_failure(failure f, int32_t ranks, double timeout) {
     fmoe_group_destroy(c->groups[r]), c->groups[r] = NULL;
     CHECK(mailbox_released(c->mail, r) == had_group, "rank %d: released %d times", r, mailbox_released(c->mail, r));
   }
-  CHECK(took < 4 * timeout + slack, "%s failure took %.3f s", f.loud ? "a loud" : "a silent", took);
+  CHECK(!tells || took < 4 * timeout + slack, "%s failure took %.3f s", f.loud ? "a loud" : "a silent", took);
   crew_destroy(c);
   return tells;
 }
@@ -415,7 +415,7 @@ static void test_dying_process(void) {
   spread_destroy(d.s);
 }
 
-#define RUN(test) (begin_test("losses: " #test, 200), test())
+#define RUN(test) (begin_test("losses: " #test, 400), test())
 
 int main(void) {
   printf("losses: seed %llu\n", (unsigned long long)seed);

@@ -210,7 +210,7 @@ static void test_null(void) {
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
 }
 
-/* ---- several seats in one process; what they do together is the business of workers.c and faults.c ---- */
+/* ---- several seats in one process; what they do together is the business of workers.c, faults.c and losses.c ---- */
 
 static void test_local_seats(void) {
   fmoe_group *nobody = (fmoe_group *)(void *)&untouched, *seats[3] = {nobody, nobody, nobody};
