@@ -41,10 +41,10 @@ apt = @missing=""; for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || missing="$$m
 packages-build: ; $(call apt,$(APT_BUILD))
 packages-test:  ; $(call apt,$(APT_TEST))
 packages-bench: ; $(call apt,$(APT_BENCH))
-# Python's safetensors, for the test that exchanges files with it, in a folder of its own; where there is none, the test says so.
+# Python's safetensors and what it needs, for the test that exchanges files with it, in a folder of its own; where there is none, the test says so.
 export PYTHON ?= $(OUT)/python/bin/python3
 $(OUT)/python/bin/python3:
-	{ python3 -m venv $(OUT)/python && $@ -m pip install --quiet --disable-pip-version-check safetensors numpy; } || rm -rf $(OUT)/python
+	{ python3 -m venv $(OUT)/python && $@ -m pip install --quiet --disable-pip-version-check safetensors numpy xxhash; } || rm -rf $(OUT)/python
 
 # ---- the library --------------------------------------------------------------------------------------------------
 build: packages-build
