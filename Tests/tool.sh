@@ -72,6 +72,9 @@ check "a timeline of nothing" refuses "--timeline-of" "${plan[@]}" $layer --time
 check "a topology that is none" refuses "topology" topology --topology nonsense
 check "no workers" refuses "--workers" topology --workers 0
 check "no time" refuses "--seconds" calibrate --seconds 0
+mkfifo "$out/pipe"
+check "a profile that is a pipe" refuses "is no file that could be replaced" calibrate --profile "$out/pipe"
+check "a profile without a folder" refuses "$out/no/where: cannot be written" calibrate --profile "$out/no/where"
 check "no shape" refuses "--shapes" bench --shapes X
 check "models that are none" refuses "models" paper $paper/johnny.json
 check "no such command" refuses "nonsense" nonsense

@@ -57,10 +57,9 @@ struct Calibrate: ParsableCommand {
     guard threads >= 0 else { throw Failure(.argument, "--threads is not negative") }
     var options = Group.Options()
     options.threads = threads
-    // What is there already is not read, as groups would: it may be of another machine.
-    let draft = profile.map { strdup(Calibrate.draft(of: $0))! }
-    defer { free(draft) }
-    options.profile = draft.map { UnsafePointer($0) }
+    // Where it cannot be written, that is said before it is measured.
+    for path in [profile, cluster].compactMap({ $0 }) { _ = try Draft(of: path) }
+    // The group has no profile: one that is there may be of another machine, and is not read.
     let groups = try Group.local(workers, options)
 
     let bar = ProgressBar(seconds: seconds)
@@ -69,17 +68,9 @@ struct Calibrate: ParsableCommand {
     }
     while !ranks.wait(Seconds(0.1)) { bar.advance() }
     bar.clear()
-    if let failure = ranks.failure {
-      if let profile { unlink(Calibrate.draft(of: profile)) }
-      throw failure
-    }
-    if let profile, rename(Calibrate.draft(of: profile), profile) != 0 {
-      let reason = String(cString: strerror(errno))
-      unlink(Calibrate.draft(of: profile))
-      throw Failure(.file, "\(profile): cannot be written: \(reason)")
-    }
-
+    if let failure = ranks.failure { throw failure }
     let calibration = groups[0].calibration!
+    if let profile { try groups[0].write(calibration, to: profile) }
     if let cluster { try Documents.write(Cluster.Document(groups[0].places, calibration), to: cluster) }
     let rows = ComputeRates.sampledRows
     let report = Report(
@@ -93,7 +84,7 @@ struct Calibrate: ParsableCommand {
       })
     try output.show(report) {
       report.workers.map { worker in
-        "worker \(worker.rank), \(worker.threads) thread\(worker.threads == 1 ? "" : "s"); rows are handled at \(rate(worker.rowHandling, "B/s"))\n"
+        "worker \(worker.rank), \(worker.threads) thread\(worker.threads == 1 ? "" : "s"); \(Calibrate.words(of: worker.rowHandling))\n"
           + table(
             ["rows of an expert", "GFLOP/s with rows", "GFLOP/s of weights' gradients"],
             zip(worker.products, worker.weightGrads).map {
@@ -104,7 +95,10 @@ struct Calibrate: ParsableCommand {
     }
   }
 
-  private static func draft(of path: String) -> String { "\(path).\(getpid()).new" }
+  /// It is a difference of two times, which is nothing or less where others use the machine, too. No memory has 10 TB/s.
+  private static func words(of handling: Double) -> String {
+    handling < 1e13 ? "rows are handled at \(rate(handling, "B/s"))" : "no time for handling rows could be told"
+  }
 }
 
 /// Calls that ranks which are threads of this process make together.

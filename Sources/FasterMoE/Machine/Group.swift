@@ -213,7 +213,12 @@ package final class Group {
 
   /// Has rank 0 write what was measured to the profile, if the group has one.
   package func keep(_ calibration: Calibration) throws(Failure) {
-    if rank == 0, let profile { try Documents.write(Profile(calibration, places, threads: threads), to: profile) }
+    if rank == 0, let profile { try write(calibration, to: profile) }
+  }
+
+  /// Writes a profile of this group's ranks.
+  package func write(_ calibration: Calibration, to profile: UnsafePointer<CChar>) throws(Failure) {
+    try Documents.write(Profile(calibration, places, threads: threads), to: profile)
   }
 
   private func workspaceBase(_ bytes: Int) -> UnsafeMutableRawPointer? {
