@@ -93,13 +93,21 @@ static double fma_peak(int threads) {
   return threads * 12.0 * 4000000 * 2 * (sizeof(vec) / sizeof(float)) / timed(fma_loop, threads, NULL, 0);
 }
 
-static double read_bandwidth(int threads) {
+/* Bytes a second that a loop reads which does nothing else, from huge pages or, as a program that asks for nothing gets them,
+ * ordinary ones. */
+static inline double read_rate(int threads, int pages) {
   int64_t count = 64 << 20;
   float *memory = floats(count);
+  if (pages) { /* given back and touched anew */
+    madvise(memory, (size_t)count * sizeof(float), MADV_NOHUGEPAGE);
+    madvise(memory, (size_t)count * sizeof(float), MADV_DONTNEED);
+    for (int64_t i = 0; i < count; i++) memory[i] = 1;
+  }
   double rate = (double)count * sizeof(float) / timed(read_loop, threads, memory, count);
   free(memory);
   return rate;
 }
+static inline double read_bandwidth(int threads) { return read_rate(threads, 0); }
 
 static float *square[3];
 static inline double sgemm_rate(int threads) {

@@ -1,11 +1,11 @@
 /* rows: an expert's speed by how many rows it gets.
  *
- *   rows [--threads N] [--model d] [--hidden h] [--csv FILE] [--svg FILE] [--repeats N] [--rows a,b,c]
+ *   rows [--threads N] [--model d] [--hidden h] [--experts E] [--csv FILE] [--svg FILE] [--repeats N] [--rows a,b-c,...]
  *
  * Experts of d x h that get 1 to 96 rows each, E of them so that their weights fit no cache. Forward, and backward of the first
  * batch after fmoe_layer_begin_gradients, in GFLOP/s of useful flops, beside what OpenBLAS reaches with the bare products of the
  * same experts, and beside the limit: the machine's FMA peak, or its rate of reading where the weights take longer. The best
- * of the repeats of each, in turns. */
+ * of the repeats of each, in turns. Says at the end where OpenBLAS was faster. */
 #define _GNU_SOURCE
 #include <fastermoe.h>
 #include <math.h>
@@ -90,11 +90,12 @@ int main(int argc, char **argv) {
     if (!strcmp(argv[i], "--threads")) threads = atoi(argv[i + 1]);
     else if (!strcmp(argv[i], "--model")) d = atoll(argv[i + 1]);
     else if (!strcmp(argv[i], "--hidden")) h = atoll(argv[i + 1]);
+    else if (!strcmp(argv[i], "--experts")) E = atoll(argv[i + 1]);
     else if (!strcmp(argv[i], "--repeats")) repeats = atoi(argv[i + 1]);
     else if (!strcmp(argv[i], "--rows")) list = argv[i + 1];
     else if (!strcmp(argv[i], "--csv")) csv = argv[i + 1];
     else if (!strcmp(argv[i], "--svg")) svg = argv[i + 1];
-    else return fprintf(stderr, "usage: rows [--threads N] [--model d] [--hidden h] [--repeats N] [--rows a,b,c] [--csv FILE] [--svg FILE]\n"), 2;
+    else return fprintf(stderr, "usage: rows [--threads N] [--model d] [--hidden h] [--experts E] [--repeats N] [--rows a,b-c,...] [--csv FILE] [--svg FILE]\n"), 2;
   }
   FILE *out = csv ? fopen(csv, "w") : NULL;
   if (csv && !out) return perror(csv), 1;
@@ -116,8 +117,10 @@ int main(int argc, char **argv) {
   printf("%5s  %9s %9s %9s  %9s %9s %9s  %9s\n", "rows", "forward", "OpenBLAS", "limit", "backward", "OpenBLAS", "limit", "GB/s fwd");
   if (out) fprintf(out, "rows,threads,forward,openblas_forward,limit_forward,backward,openblas_backward,limit_backward\n");
   char *copy = strdup(list);
-  for (char *word = strtok(copy, ","); word; word = strtok(NULL, ",")) {
-    int64_t rows = atoll(word), n = rows * E;
+  int slower = 0;
+  for (char *word = strtok(copy, ","); word; word = strtok(NULL, ","))
+  for (int64_t rows = atoll(word), last = strchr(word, '-') ? atoll(strchr(word, '-') + 1) : rows; rows <= last; rows++) {
+    const int64_t n = rows * E;
     if (rows < 1 || rows > 128) return fprintf(stderr, "rows are 1 to 128, not %s\n", word), 2;
     speeds ours = {1e9, 1e9}, theirs = {1e9, 1e9};
     for (int r = -1; r < repeats; r++) {
@@ -145,11 +148,14 @@ int main(int argc, char **argv) {
     for (int part = 0; part < 2; part++) printf("  %9.1f %9.1f %9.1f", l->speed[part][0], l->speed[part][1], l->speed[part][2]);
     printf("  %9.1f\n", weights / ours.forward * 1e-9);
     fflush(stdout);
+    for (int part = 0; part < 2; part++)
+      if (l->speed[part][0] < l->speed[part][1]) slower++, printf("       OpenBLAS was faster %s\n", part ? "backward" : "forward");
     if (!out) continue;
     fprintf(out, "%ld,%d", rows, threads);
     for (int i = 0; i < 6; i++) fprintf(out, ",%.2f", l->speed[i / 3][i % 3]);
     fprintf(out, "\n");
   }
+  printf("OpenBLAS was faster in %d of %d cases\n", slower, 2 * count);
   if (svg && count > 1) draw(svg, count, threads);
   if (out) fclose(out);
   fmoe_layer_destroy(layer);
