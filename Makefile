@@ -25,7 +25,7 @@ WIDE_TOOL := lib/fastermoe/x86-64-v4
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study bench-paper
+.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows choices bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study bench-paper
 
 all: build
 
@@ -148,6 +148,16 @@ bench-rows: packages-bench stage
 	  $$(PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config --cflags --libs fastermoe openblas) -Wl,-rpath,$(STAGE)/lib -lm -pthread
 	$(OUT)/rows --csv $(OUT)/rows.csv --svg $(OUT)/rows.svg
 	$(OUT)/rows --threads 2 --csv $(OUT)/rows-2.csv --svg $(OUT)/rows-2.svg
+
+# Which kernels are fastest, by rows, sizes and threads: measured here for both CPU levels and written into the sources. The
+# speeds that decided go to build/choices-*.csv. Ten minutes of a machine that does nothing else.
+choices: packages-build
+	@mkdir -p $(OUT)
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/base
+	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/wide)
+	.build/base/release/Choose $(OUT)/choices-base.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesBase.swift
+	$(if $(filter wide,$(LEVELS)),.build/wide/release/Choose $(OUT)/choices-wide.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide.swift)
+	$(SWIFT) format -i Sources/FasterMoE/Ground/Choices*.swift
 
 # AdamW beside loops that move the same bytes.
 bench-adamw: packages-build stage

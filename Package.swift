@@ -49,6 +49,8 @@ let package = Package(
     .executableTarget(
       name: "ToolMain", dependencies: ["Tool", "CHints"], swiftSettings: core,
       linkerSettings: [.unsafeFlags(standalone)]),
+    // Only `make choices` builds it.
+    .executableTarget(name: "Choose", dependencies: ["FasterMoE"], swiftSettings: core),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE", "CHints"], swiftSettings: core),
     .testTarget(name: "ToolTests", dependencies: ["Tool", "FasterMoE"], swiftSettings: core),
   ]

@@ -5,7 +5,7 @@ code=0
 for library; do
   objdump -d --no-show-raw-insn "$library" | awk -v library="$library" '
     /^[0-9a-f]+ <.*>:$/ { name = $2 }
-    name !~ /(Product|Outer|Broadcast|Adding)Tile.*run/ { next }
+    name !~ /(Product|Outer|Broadcast|Adding|Dot)Tile.*run/ { next }
     /vfmadd/ { products[name]++ }
     /vmov[au]p[sd] +%[xyz]mm[0-9]+,(-?0x[0-9a-f]+)?\(%r[sb]p/ { stores[name]++ }
     END {

@@ -167,7 +167,7 @@ struct Numbers {
         let factor = Factor(transposing: weights.baseAddress!, depth: depth, columns: 32)
         #expect(factor.rowsInPlace(17) == nil && factor.rowsInPlace(16) == weights.baseAddress! + 16 * depth)
         factor.pack(0, into: strip)
-        for rows in 1...FewRows.most {
+        for rows in 1...Choices.mostRows {
           let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
           defer { withExtendedLifetime(left) {} }
           FewRows.prepare(left.panels, rows: rows, scratch: scratch)
@@ -182,6 +182,32 @@ struct Numbers {
     }
   }
 
+  /// The dots of very few rows against Double loops, and a row's bits whatever stands beside it.
+  @Test func dotsEqualDoubleLoops() {
+    var numbers = Numbers(7)
+    for depth in [1, 15, 16, 17, 64, 100, 1024] {
+      let weights = numbers.array(FewRows.columns * depth)
+      let scratch = UnsafeMutablePointer<Float>.allocate(capacity: Dots.scratch)
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      defer { for memory in [scratch, tile] { memory.deallocate() } }
+      let rows = Self.matrix(Dots.most, depth, &numbers)
+      var bits: [[UInt32]] = []
+      for count in 1...Dots.most {
+        let left = PanelMatrix(Array(rows[..<count]), width: depth)
+        defer { withExtendedLifetime(left) {} }
+        Dots.product(left.panels, rows: count, weights: weights, depth: depth, scratch: scratch, into: tile)
+        for row in 0..<count {
+          for c in 0..<FewRows.columns {
+            let exact = (0..<depth).reduce(0.0) { $0 + Double(rows[row][$1]) * Double(weights[c * depth + $1]) }
+            #expect(abs(Double(tile[row * 32 + c]) - exact) <= Self.bound(terms: depth), "row \(row), depth \(depth)")
+          }
+          let own = (0..<FewRows.columns).map { tile[row * 32 + $0].bitPattern }
+          if row < bits.count { #expect(own == bits[row]) } else { bits.append(own) }
+        }
+      }
+    }
+  }
+
   /// And so does a matrix whose rows are added up where it stands, some of them at a time.
   @Test func matricesInPlaceGiveTheBitsOfTiles() {
     var numbers = Numbers(6)
@@ -189,7 +215,7 @@ struct Numbers {
       let columns = 32
       let weights = numbers.array(columns * depth + 16)
       let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
-      let sums = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.most * 16)
+      let sums = UnsafeMutablePointer<Float>.allocate(capacity: Choices.mostRows * 16)
       let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
       defer { for memory in [strip, sums, tile] { memory.deallocate() } }
       weights.withUnsafeBufferPointer { weights in
@@ -197,7 +223,7 @@ struct Numbers {
         #expect(factor.matrixInPlace == weights.baseAddress!)
         #expect(Factor(weights.baseAddress!, depth: depth, columns: columns - 1).matrixInPlace == nil)
         factor.pack(0, into: strip)
-        for rows in 1...FewRows.most {
+        for rows in 1...Choices.mostRows {
           let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
           defer { withExtendedLifetime(left) {} }
           for column in [0, 16] {

@@ -7,6 +7,7 @@ package struct Factor {
   /// Rows of the factor, which are summed over, and its columns.
   package let depth: Int
   package let columns: Int
+  package var weights: Int { depth * columns }
   private let matrix: UnsafePointer<Float>
   private let isTransposed: Bool
 

@@ -5,12 +5,6 @@ import CHints
 /// Packing pays when many rows share a strip. Below that it costs as much as the product, so here each weight goes from
 /// memory straight into its multiplications. Sums are the same chains as those of `Tiles`, so the bits are too.
 package enum FewRows {
-  /// Most rows that `product` and `add` take.
-  #if WIDE_VECTORS
-    package static let most = 48
-  #else
-    package static let most = 24
-  #endif
   /// Weight rows that it takes at a time.
   package static let columns = 16
   /// Up to here weights are turned in registers; above, rows stand side by side and weights are broadcast.
@@ -20,7 +14,7 @@ package enum FewRows {
   private static func turned(_ rows: Int) -> Int { rows % 16 <= mostTurnedInRegisters ? rows % 16 : 0 }
 
   /// Scratch floats for rows of `depth`.
-  package static func scratch(depth: Int) -> Int { depth * most + columns * 32 }
+  package static func scratch(depth: Int) -> Int { depth * Choices.mostRows + columns * 32 }
 
   /// How many rows stand side by side: whole registers of 8.
   private static func lanes(_ rows: Int) -> Int { (rows + 7) / 8 * 8 }
@@ -74,7 +68,7 @@ package enum FewRows {
     _ tile: UnsafeMutablePointer<Float>
   ) {
     let lanes = lanes(rows)
-    let sums = side + depth * most
+    let sums = side + depth * Choices.mostRows
     var first = 0
     while first < rows {
       let taken: Int

@@ -1,10 +1,10 @@
-/// The inner loops of all products: small tiles of the result that stay in registers from the first term to the last.
+/// The inner loops of products: small tiles of the result that stay in registers from the first term to the last.
 ///
 /// Every element is one chain of fused multiply-adds in the order of its terms, whatever the tile's shape. So how rows
 /// and columns are cut, and for how many threads, never changes a bit of the result.
 package enum Tiles {
   /// Room that the largest tile of any kernel takes.
-  static let floats = max(FewRows.most * Strip.width, outerRows * outerBlocks * 16)
+  static let floats = max(Choices.mostRows * Strip.width, outerRows * outerBlocks * 16)
 
   /// tile [high, 32] = panel [high, depth] · strip [depth, 32].
   @inline(__always)

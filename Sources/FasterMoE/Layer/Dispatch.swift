@@ -89,6 +89,11 @@ extension Pass {
     }
     var arena = Arena(over: Pass.base(inboxMemory))
     inbox = Inbox(shape, store.moves, shadows.count, rounds, at: group.rank, overWire: overWire, &arena)
+    let owned = store.traffic.owned(by: group.rank)
+    for expert in owned { inbox.rowsInStep[expert - owned.lowerBound] = store.traffic.rows(for: expert) }
+    for (index, expert) in shadows.enumerated() {
+      inbox.rowsInStep[owned.count + index] = store.traffic.rows(for: expert)
+    }
     inbox.arrivals.sort(store.moves, shadows, at: group.rank, rounds, arePacked: overWire)
   }
 
@@ -165,7 +170,7 @@ extension Pass {
       run(send, count)
       let fetches = Plan.fetches(steps)
       if fetches { run(.packCopies, shadows.count) }
-      beginJourney(fetches: fetches)
+      beginJourney(compute, fetches: fetches)
       defer { journey.end() }
       job = compute
       if plan.overlaps {
@@ -202,10 +207,12 @@ extension Pass {
     recordMeeting(kind)
   }
 
-  private func beginJourney(fetches: Bool) {
+  private func beginJourney(_ compute: Job, fetches: Bool) {
+    let cut = Cut(blocks: blocks, threads: team.threads)
     journey.begin(
       inbox, rounds, shadows.map { store.traffic.owner(of: $0) }, at: group.rank, experts: layer!.owned.count,
-      rowTasks: PassContext.rowTasks(blocks, threads: team.threads), weightTasks: PassContext.weightTasks(shape),
+      rowTasks: compute == .expertsForward ? cut.forwardTasks : cut.backwardTasks,
+      weightTasks: PassContext.weightTasks(shape),
       rowBytes: shape.model * MemoryLayout<Float>.stride, fetches: fetches)
   }
 

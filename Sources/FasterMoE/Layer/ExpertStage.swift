@@ -22,18 +22,30 @@ extension PassContext {
 
   /// Every row through its expert, each as soon as it is here.
   func forward(blocks: Int) {
-    let parts = rowTasks(blocks)
+    let cut = Cut(blocks: blocks, threads: team.threads)
     // A task begins where the one before it ended, unless the thread had to wait.
     var ready = Seconds.now
-    while case let task = team.take(), task < blocks * parts {
-      let block = inbox.blocks[task / parts]
-      let rows = cut(block, task % parts, of: parts)
-      if !rows.isEmpty, journey.wait(team, for: block, rows, &ready) {
-        forward(block, rows)
-        journey.isDone()
-        ready = lane.addTask(.experts, block: task / parts, rows: rows.count, from: ready)
+    while case let task = team.take(), task < blocks * cut.forwardTasks {
+      let index = task / cut.forwardTasks
+      let block = inbox.blocks[index]
+      let (stage, part) = (task % cut.forwardTasks).quotientAndRemainder(dividingBy: cut.parts)
+      if cut.isByColumns(block) {
+        if stage == 1 { wait(for: inbox.rowTasksDone + index, cut.parts, &ready) }
+        let rows = 0..<Int(block.rows)
+        if stage == 0 {
+          makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .experts, &ready) { inward(block, rows, $0) }
+        } else {
+          makeColumns(index, cut.columns(shape.model, part), rows: part == 0 ? rows.count : 0, .experts, &ready) {
+            outward(block, rows, $0, again: true)
+          }
+        }
+      } else if stage == 0 {
+        makeRows(index, cut.rows(block, part), .experts, &ready) {
+          inward(block, $0, 0..<shape.hidden)
+          outward(block, $0, 0..<shape.model, again: false)
+        }
       }
-      inbox.rowTasksDone[task / parts].wrappingAdd(1, ordering: .releasing)
+      inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
     }
   }
 
@@ -47,8 +59,8 @@ extension PassContext {
     }
   }
 
-  /// Some rows of a block through its expert.
-  private func forward(_ block: Block, _ rows: Range<Int>) {
+  /// Some hidden units of some rows of a block.
+  private func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = values(block)
     let slot = workspace.slot(thread, row: Int(block.row))
@@ -56,7 +68,8 @@ extension PassContext {
     slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
     let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
-    forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
+    Product.forEachTile(rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear) {
+      column, row, high, tile, linearTile in
       let place = HiddenTile(
         tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
         innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
@@ -68,10 +81,47 @@ extension PassContext {
       case .swiglu: place.activateGated()
       }
     }
+  }
+
+  /// Some columns of the outputs of some rows of a block; hidden units are made `again` where other threads made some.
+  private func outward(_ block: Block, _ rows: Range<Int>, _ columns: Range<Int>, again: Bool) {
+    let (d, h) = (shape.model, shape.hidden)
+    let expert = values(block)
+    let slot = workspace.slot(thread, row: Int(block.row))
+    let first = Int(block.row) + rows.lowerBound
+    if again { activateAgain(first, rows.count, into: slot.hidden) }
     let outward = product(slot.hidden, Factor(transposing: expert.outward, depth: h, columns: d))
-    forEachTile(rows.count, outward) { column, row, high, tile, _ in
+    Product.forEachTile(rows.count, in: columns, by: forwardKernel(block, rows, outward), outward) {
+      column, row, high, tile, _ in
       storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil)
     }
+  }
+
+  /// Hidden units of some rows from what was kept of them.
+  private func activateAgain(_ first: Int, _ rows: Int, into hidden: Panels) {
+    let (inner, linear) = (inbox.inner.from(first).base, inbox.innerLinear.from(first).base)
+    func activate<F: Nonlinearity>(_: F.Type) {
+      for at in stride(from: 0, to: rows * hidden.blocks * 16, by: 16) {
+        hidden.base.store(F.value(inner.vector(at: at)), at: at)
+      }
+    }
+    switch shape.activation {
+    case .gelu: activate(Gelu.self)
+    case .geluTanh: activate(GeluTanh.self)
+    case .relu: activate(Relu.self)
+    case .silu: activate(Silu.self)
+    case .swiglu:
+      for at in stride(from: 0, to: rows * hidden.blocks * 16, by: 16) {
+        hidden.base.store(Silu.value(inner.vector(at: at)) * linear.vector(at: at), at: at)
+      }
+    }
+  }
+
+  /// How to multiply rows of a block forward. Where its expert has very few in the whole step, that decides, for it is the
+  /// same for all plans, workers and threads.
+  private func forwardKernel(_ block: Block, _ rows: Range<Int>, _ product: Product) -> Product.Kernel {
+    inbox.rowsInStep[Int(block.expert)] <= Choices.mostDots
+      ? .dots : Choices.transposed(rows: rows.count, product.factor, threads: team.threads)
   }
 
   // MARK: Backward
@@ -81,7 +131,8 @@ extension PassContext {
   /// Tasks are taken in one order, so whoever waits, waits for a task already under way or for rows that are on their way
   /// here.
   func backward(blocks: Int, _ turns: [Turn]) {
-    let rowTasks = rowTasks(blocks)
+    let cut = Cut(blocks: blocks, threads: team.threads)
+    let rowTasks = cut.backwardTasks
     let weightTasks = PassContext.weightTasks(shape)
     var (turn, first) = (0, 0)
     var ready = Seconds.now
@@ -94,7 +145,7 @@ extension PassContext {
       guard turn < turns.count else { return }
       switch turns[turn] {
       case .rows(let blocks):
-        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, of: rowTasks, &ready)
+        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, cut, &ready)
       case .weights(let blocks):
         let block = blocks.lowerBound + (task - first) / weightTasks
         makeWeightGradients(block, (task - first) % weightTasks, of: weightTasks, rowTasks, &ready)
@@ -106,7 +157,7 @@ extension PassContext {
           if round > workspace.lag {
             wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks, &ready)
           }
-          makeRowGradients(round, part, of: rowTasks, &ready)
+          makeRowGradients(round, part, cut, &ready)
         } else if round >= workspace.lag {
           makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks, &ready)
         }
@@ -114,13 +165,28 @@ extension PassContext {
     }
   }
 
-  private func makeRowGradients(_ index: Int, _ part: Int, of parts: Int, _ ready: inout Seconds) {
+  private func makeRowGradients(_ index: Int, _ task: Int, _ cut: Cut, _ ready: inout Seconds) {
     let block = inbox.blocks[index]
-    let rows = cut(block, part, of: parts)
-    if !rows.isEmpty, journey.wait(team, for: block, rows, &ready) {
-      backward(index, rows)
-      journey.isDone()
-      ready = lane.addTask(.expertGrads, block: index, rows: rows.count, from: ready)
+    let all = 0..<Int(block.rows)
+    let (stage, part) = task.quotientAndRemainder(dividingBy: cut.parts)
+    if cut.isByColumns(block) {
+      if stage > 0 { wait(for: inbox.rowTasksDone + index, stage * cut.parts, &ready) }
+      switch stage {
+      case 0:
+        makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .expertGrads, &ready) {
+          // One keeps what the block's tasks share, the others read past it.
+          let grads = part == 0 ? workspace.slot(index, row: Int(block.row)).grads : desk.tokens
+          if part == 0 { keepRows(index, all) } else { grads.fill(rows: all.count) { gradRow(Int(block.row) + $0) } }
+          activationGradients(index, all, grads, $0) { place, _ in place.keepTile() }
+        }
+      case 1: makeRows(index, cut.singleRows(block, part), .expertGrads, &ready) { deactivate(index, $0) }
+      default:
+        makeColumns(index, cut.columns(shape.model, part), rows: 0, .expertGrads, &ready) {
+          inputGradients(index, all, $0)
+        }
+      }
+    } else if stage == 0 {
+      makeRows(index, cut.rows(block, part), .expertGrads, &ready) { backward(index, $0) }
     }
     inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
   }
@@ -154,49 +220,113 @@ extension PassContext {
 
   /// Some rows of a block backwards: gradients of their pre-activations, inputs and routing weights.
   private func backward(_ index: Int, _ rows: Range<Int>) {
-    let (d, h) = (shape.model, shape.hidden)
-    let block = inbox.blocks[index]
-    let expert = values(block)
-    let slot = workspace.slot(index, row: Int(block.row))
-    let first = Int(block.row) + rows.lowerBound
-    let scales = slot.scales + rows.lowerBound
-    slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokenRow(first + $0) }
-    slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradRow(first + $0) }
-    for row in 0..<rows.count {
-      let (source, at) = source(first + row)
-      scales[row] = source.weight(at)
+    let slot = workspace.slot(index, row: Int(inbox.blocks[index].row))
+    keepRows(index, rows)
+    clearRowSums(rows)
+    activationGradients(index, rows, slot.grads.from(rows.lowerBound), 0..<shape.hidden) { place, row in
+      deactivate(place, slot.scales + row, row)
     }
-    desk.rowSums.update(repeating: 0, count: rows.count * 16)
-    let outward = product(slot.grads.from(rows.lowerBound), Factor(expert.outward, depth: d, columns: h))
-    forEachTile(rows.count, outward) { column, row, high, tile, _ in
-      let place = HiddenTile(
-        tile: tile, linearTile: tile, column: column, high: high, inner: inbox.inner.panel(first + row),
-        innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(rows.lowerBound + row),
-        blocks: slot.hidden.blocks)
-      let sums = desk.rowSums + row * 16
-      switch shape.activation {
-      case .gelu: place.deactivate(Gelu.self, scales + row, sums)
-      case .geluTanh: place.deactivate(GeluTanh.self, scales + row, sums)
-      case .relu: place.deactivate(Relu.self, scales + row, sums)
-      case .silu: place.deactivate(Silu.self, scales + row, sums)
-      case .swiglu: place.deactivateGated(scales + row, sums)
+    setGradWeights(index, rows)
+    inputGradients(index, rows, 0..<shape.model)
+  }
+
+  /// What the gradients of weights need, too: x, dy and the routing weight of some rows.
+  private func keepRows(_ index: Int, _ rows: Range<Int>) {
+    let first = Int(inbox.blocks[index].row)
+    let slot = workspace.slot(index, row: first)
+    slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokenRow(first + rows.lowerBound + $0) }
+    slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradRow(first + rows.lowerBound + $0) }
+    for row in rows {
+      let (source, at) = source(first + row)
+      slot.scales[row] = source.weight(at)
+    }
+  }
+
+  private func clearRowSums(_ rows: Range<Int>) {
+    (desk.rowSums + rows.lowerBound * 16).update(repeating: 0, count: rows.count * 16)
+  }
+
+  /// g = dy·W2 of some rows and hidden units, tile by tile.
+  @inline(__always)
+  private func activationGradients(
+    _ index: Int, _ rows: Range<Int>, _ grads: Panels, _ units: Range<Int>, _ body: (HiddenTile, _ row: Int) -> Void
+  ) {
+    let block = inbox.blocks[index]
+    let slot = workspace.slot(index, row: Int(block.row))
+    let outward = product(grads, Factor(values(block).outward, depth: shape.model, columns: shape.hidden))
+    Product.forEachTile(rows.count, in: units, by: backwardKernel(rows, outward), outward) {
+      column, row, high, tile, _ in
+      let row = rows.lowerBound + row
+      body(hiddenTile(tile, column, high, Int(block.row), row, slot), row)
+    }
+  }
+
+  private func hiddenTile(
+    _ tile: UnsafeMutablePointer<Float>, _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot
+  ) -> HiddenTile {
+    HiddenTile(
+      tile: tile, linearTile: tile, column: column, high: high, inner: inbox.inner.panel(first + row),
+      innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+  }
+
+  private func deactivate(_ place: HiddenTile, _ scales: UnsafePointer<Float>, _ row: Int) {
+    let sums = desk.rowSums + row * 16
+    switch shape.activation {
+    case .gelu: place.deactivate(Gelu.self, scales, sums)
+    case .geluTanh: place.deactivate(GeluTanh.self, scales, sums)
+    case .relu: place.deactivate(Relu.self, scales, sums)
+    case .silu: place.deactivate(Silu.self, scales, sums)
+    case .swiglu: place.deactivateGated(scales, sums)
+    }
+  }
+
+  /// Some rows whose g stands in the place of their hidden units.
+  private func deactivate(_ index: Int, _ rows: Range<Int>) {
+    let block = inbox.blocks[index]
+    let slot = workspace.slot(index, row: Int(block.row))
+    clearRowSums(rows)
+    Panels.forEach(rows: Int(block.rows)) { row, high in
+      let some = max(0, rows.lowerBound - row)..<max(0, rows.lowerBound - row, min(high, rows.upperBound - row))
+      for column in stride(from: 0, to: some.isEmpty ? 0 : shape.hidden, by: Strip.width) {
+        var place = hiddenTile(desk.first.tile, column, high, Int(block.row), row, slot)
+        place.rows = some
+        place.readHidden()
+        deactivate(place, slot.scales + row, row)
       }
     }
+    setGradWeights(index, rows)
+  }
+
+  /// dx = du·W1 of some rows, some of its columns.
+  private func inputGradients(_ index: Int, _ rows: Range<Int>, _ columns: Range<Int>) {
+    let (d, h) = (shape.model, shape.hidden)
+    let expert = values(inbox.blocks[index])
+    let first = Int(inbox.blocks[index].row) + rows.lowerBound
     let inward = product(inbox.inner.from(first), Factor(expert.inward, depth: h, columns: d))
     let linear = expert.inwardLinear.map {
       secondProduct(inbox.innerLinear.from(first), Factor($0, depth: h, columns: d))
     }
-    forEachTile(rows.count, inward, linear) { column, row, high, tile, linearTile in
+    Product.forEachTile(rows.count, in: columns, by: backwardKernel(rows, inward), inward, linear) {
+      column, row, high, tile, linearTile in
       storeRows(tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile })
     }
-    // ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
-    for row in 0..<rows.count {
-      let (source, at) = source(first + row)
+  }
+
+  private func backwardKernel(_ rows: Range<Int>, _ product: Product) -> Product.Kernel {
+    Choices.straight(rows: rows.count, product.factor, threads: team.threads)
+  }
+
+  /// ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
+  private func setGradWeights(_ index: Int, _ rows: Range<Int>) {
+    let block = inbox.blocks[index]
+    let bias = values(block).outwardBias
+    for row in rows {
+      let (source, at) = source(Int(block.row) + row)
       var sum = desk.rowSums.vector(at: row * 16)
-      if let bias = expert.outwardBias {
+      if let bias {
         let grad = source.grad(at)
-        for column in stride(from: 0, to: d, by: 16) {
-          let width = min(16, d - column)
+        for column in stride(from: 0, to: shape.model, by: 16) {
+          let width = min(16, shape.model - column)
           sum.addProduct(grad.vector(at: column, first: width), UnsafePointer(bias).vector(at: column, first: width))
         }
       }
@@ -223,12 +353,15 @@ extension PassContext {
     let slot = workspace.slot(index, row: Int(block.row))
     let rows = Int(block.rows)
     let writes = writesGradients && block.previous < 0
+    let byRows = Choices.outerByRows(rows: rows, weights: d * h, threads: team.threads)
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
       piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
     }
     if part < PassContext.pieces(d) {
       let outputs = range(part, d)
-      addOuter(slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h, writes)
+      Outer.add(
+        slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h, writes: writes,
+        byRows: byRows, tile: desk.first.tile)
       if let bias = grads.outwardBias {
         addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias, writes)
       }
@@ -236,9 +369,9 @@ extension PassContext {
       let (matrix, piece) = (part - PassContext.pieces(d)).quotientAndRemainder(dividingBy: PassContext.pieces(h))
       let inner = (matrix == 0 ? inbox.inner : inbox.innerLinear).from(Int(block.row))
       let units = range(piece, h)
-      addOuter(
+      Outer.add(
         inner, units, slot.tokens, rows: rows, times: share, to: matrix == 0 ? grads.inward : grads.inwardLinear!,
-        stride: d, writes)
+        stride: d, writes: writes, byRows: byRows, tile: desk.first.tile)
       if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias, writes) }
     }
   }
@@ -255,24 +388,34 @@ extension PassContext {
     return copy < 0 ? ExpertTensors(layer.gradients, Int(block.expert), shape) : inbox.copies[copy].grads
   }
 
-  // MARK: Cutting the work
+  // MARK: Tasks
 
-  /// Into how many tasks a block's rows are cut: few, since each task packs the expert's weights again.
-  static func rowTasks(_ blocks: Int, threads: Int) -> Int {
-    threads == 1 || blocks == 0 ? 1 : max(1, (8 * threads + blocks - 1) / blocks)
+  /// A task for some rows of a block, once they are here.
+  @inline(__always)
+  private func makeRows(
+    _ index: Int, _ rows: Range<Int>, _ kind: Recording.Kind, _ ready: inout Seconds, _ work: (Range<Int>) -> Void
+  ) {
+    guard !rows.isEmpty, journey.wait(team, for: inbox.blocks[index], rows, &ready) else { return }
+    work(rows)
+    journey.isDone()
+    ready = lane.addTask(kind, block: index, rows: rows.count, from: ready)
   }
-  private func rowTasks(_ blocks: Int) -> Int { PassContext.rowTasks(blocks, threads: team.threads) }
 
-  /// Rows of part `part` of `block`, whole panels except at its end.
-  private func cut(_ block: Block, _ part: Int, of parts: Int) -> Range<Int> {
-    let panels = Panels.count(Int(block.rows))
-    let low = panels * part / parts * Panels.height
-    let high = min(Int(block.rows), panels * (part + 1) / parts * Panels.height)
-    return low..<max(low, high)
+  /// A task for some columns of all rows of a block, as which `rows` count in what is recorded.
+  @inline(__always)
+  private func makeColumns(
+    _ index: Int, _ columns: Range<Int>, rows: Int, _ kind: Recording.Kind, _ ready: inout Seconds,
+    _ work: (Range<Int>) -> Void
+  ) {
+    let block = inbox.blocks[index]
+    guard !columns.isEmpty, journey.wait(team, for: block, 0..<Int(block.rows), &ready) else { return }
+    work(columns)
+    journey.isDone()
+    ready = lane.addTask(kind, block: index, rows: rows, from: ready)
   }
 
   /// `ready` is set to now if the thread had to wait.
   private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int, _ ready: inout Seconds) {
-    if team.wait(until: { done.pointee.load(ordering: .acquiring) == tasks }) { ready = .now }
+    if team.wait(until: { done.pointee.load(ordering: .acquiring) >= tasks }) { ready = .now }
   }
 }

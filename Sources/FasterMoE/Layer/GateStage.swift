@@ -12,7 +12,8 @@ extension PassContext {
       desk.tokens.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d }
       jitter?.apply(to: desk.tokens, rows: rows.count, token: firstToken + rows.lowerBound)
       let scores = product(desk.tokens, Factor(transposing: layer.values.gate, depth: d, columns: layer.columns))
-      forEachTile(rows.count, scores) { column, first, high, tile, _ in
+      let kernel = Choices.transposed(rows: rows.count, scores.factor, threads: team.threads)
+      Product.forEachTile(rows.count, in: 0..<layer.columns, by: kernel, scores) { column, first, high, tile, _ in
         store.logits.put(tile, high: high, row: rows.lowerBound + first, column: column)
       }
       let sums = needsSums ? store.taskSums + task * 2 * padded : nil
@@ -67,8 +68,10 @@ extension PassContext {
     let d = shape.model
     while case let task = team.take(), let rows = gateRows(task) {
       for token in rows { backwardThroughChoice(token) }
-      let gate = Factor(layer.values.gate, depth: layer.columns, columns: d)
-      forEachTile(rows.count, product(store.logits.from(rows.lowerBound), gate)) { column, first, high, tile, _ in
+      let gate = product(
+        store.logits.from(rows.lowerBound), Factor(layer.values.gate, depth: layer.columns, columns: d))
+      let kernel = Choices.straight(rows: rows.count, gate.factor, threads: team.threads)
+      Product.forEachTile(rows.count, in: 0..<d, by: kernel, gate) { column, first, high, tile, _ in
         for row in first + Panels.height..<max(first + Panels.height, min(first + 2 * Panels.height, rows.count)) {
           prefetchRows(rows.lowerBound + row, column, min(Strip.width, d - column))
         }
@@ -92,9 +95,10 @@ extension PassContext {
       while let rows = gateRows(task) {
         columns.fill(rows: rows.count) { tokens + (rows.lowerBound + $0) * d + column }
         jitter?.apply(to: columns, rows: rows.count, token: firstToken + rows.lowerBound, column: column)
-        addOuter(
+        Outer.add(
           store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
-          to: layer.gradients.gate + column, stride: d, false)
+          to: layer.gradients.gate + column, stride: d, writes: false, byRows: rows.count <= Panels.height,
+          tile: desk.first.tile)
         task += 1
       }
     }

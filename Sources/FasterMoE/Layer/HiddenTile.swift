@@ -8,15 +8,21 @@ struct HiddenTile {
   let innerLinear: UnsafeMutablePointer<Float>
   let hidden: UnsafeMutablePointer<Float>
   let blocks: Int
+  /// Of the panel; nil for all.
+  var rows: Range<Int>?
 
   /// Calls `body` with each 16-unit piece of each row: its place in the tile, in the panels, and its row.
   @inline(__always)
   private func forEach(_ body: (_ inTile: Int, _ inPanel: Int, _ row: Int) -> Void) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
-      for i in 0..<high { body(i &* Strip.width &+ half &* 16, block &+ i &* 16, i) }
+      for i in rows ?? 0..<high { body(i &* Strip.width &+ half &* 16, block &+ i &* 16, i) }
     }
   }
+
+  /// The tile itself stands in the place of hidden units until all threads are done with theirs.
+  func keepTile() { forEach { at, panel, _ in hidden.store(tile.vector(at: at), at: panel) } }
+  func readHidden() { forEach { at, panel, _ in tile.store(hidden.vector(at: panel), at: at) } }
 
   /// u = tile + b1 is kept, a = f(u) goes on.
   @inline(__always)

@@ -13,6 +13,8 @@ struct Inbox {
   let roundBlocks, shadowBlocks: UnsafeMutablePointer<Range<Int>>
   /// [e + shadows] the latest block of each expert, or -1.
   let latest: UnsafeMutablePointer<Int32>
+  /// [e + shadows] rows of all workers for each expert.
+  let rowsInStep: UnsafeMutablePointer<Int>
   /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
   let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
   let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
@@ -44,6 +46,7 @@ struct Inbox {
     roundBlocks = arena.take(rounds.count)
     shadowBlocks = arena.take(shadows)
     latest = arena.take(moves.traffic.owned(by: worker).count + shadows)
+    rowsInStep = arena.take(moves.traffic.owned(by: worker).count + shadows)
     rowTasksDone = arena.take(most)
     weightTasksDone = arena.take(most)
     sources = arena.take(workers)

@@ -116,8 +116,8 @@ final class Recording {
   func reserve(blocks: Int, peers: Int, shadows: Int) throws(Failure) {
     // Rows and copies go and come, there and back, forward and backward.
     let streams = 8 * (peers + shadows)
-    // One each for outputs, gradients of rows and of weights, and one more where threads have shared a block.
-    let tasks = min(4 * blocks, Recording.mostTasks)
+    // One each for outputs, gradients of rows and of weights, and more where threads have shared a block.
+    let tasks = min(8 * blocks + 16, Recording.mostTasks)
     try reserve(caller: Recording.mostCalls + streams, thread: Recording.mostJobs + tasks)
   }
 

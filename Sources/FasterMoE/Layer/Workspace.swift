@@ -4,15 +4,9 @@
 struct Workspace {
   /// One thread's own scratch.
   struct Desk {
-    /// A result tile of any kernel.
-    let tile: UnsafeMutablePointer<Float>
-    let secondTile: UnsafeMutablePointer<Float>
-    /// Packed columns of a weight matrix [depth, 32]; the second for gated experts.
-    let strip: UnsafeMutablePointer<Float>
-    let secondStrip: UnsafeMutablePointer<Float>
-    /// What `FewRows` needs.
-    let fewRows: UnsafeMutablePointer<Float>
-    let secondFewRows: UnsafeMutablePointer<Float>
+    /// For products; the second for what stands beside the first in gated experts.
+    let first: Product.Desk
+    let second: Product.Desk
     /// Token rows on their way through the gate [gateRows, d].
     let tokens: Panels
     /// Some columns of token rows [gateRows, gateColumns].
@@ -108,11 +102,9 @@ struct Workspace {
 
   private static func desk(_ shape: Shape, _ columns: Int, _ arena: inout Arena) -> Desk {
     let scores = Panels.padded(columns)
-    let strip = max(shape.model, shape.hidden, columns) * Strip.width
-    let few = FewRows.scratch(depth: max(shape.model, shape.hidden))
+    let longest = max(shape.model, shape.hidden, columns)
     return Desk(
-      tile: arena.take(Tiles.floats), secondTile: arena.take(Tiles.floats), strip: arena.take(strip),
-      secondStrip: arena.take(strip), fewRows: arena.take(few), secondFewRows: arena.take(few),
+      first: Product.Desk(arena: &arena, longest: longest), second: Product.Desk(arena: &arena, longest: longest),
       tokens: Panels(arena.take(gateRows * Panels.padded(shape.model)), width: shape.model),
       columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), scores: arena.take(scores),
       logits: arena.take(scores), probabilities: arena.take(scores), gradScores: arena.take(scores),

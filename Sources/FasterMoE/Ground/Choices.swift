@@ -1,0 +1,52 @@
+/// Which kernels are fastest, by rows, sizes and threads, as measured: `make choices` writes the tables.
+///
+/// All that stand here make the same bits, so a choice may look at anything; but not `mostDots`.
+package enum Choices {
+  /// Most rows that a table speaks of; for more, the matrix is packed.
+  package static let mostRows = 128
+
+  /// What was found with matrices of `weights` floats on some threads. Bit r - 1 is for r rows.
+  struct Entry: BitwiseCopyable {
+    let weights: Int
+    let threads: Int
+    /// Whether to read a matrix where it stands, one that is read row by row and one whose rows are added up.
+    let transposed: UInt128
+    let straight: UInt128
+    /// Whether sums over rows walk a gradient along its rows.
+    let outer: UInt128
+  }
+
+  /// How to multiply rows with a transposed matrix.
+  package static func transposed(rows: Int, _ factor: Factor, threads: Int) -> Product.Kernel {
+    rows <= mostRows && has(nearest(factor.weights, threads).transposed, rows) ? .inPlace : .strips
+  }
+
+  /// How to multiply rows with a matrix as it stands.
+  package static func straight(rows: Int, _ factor: Factor, threads: Int) -> Product.Kernel {
+    rows <= mostRows && has(nearest(factor.weights, threads).straight, rows) ? .inPlace : .strips
+  }
+
+  /// Whether sums over rows walk a gradient of `weights` floats along its rows, not down its columns.
+  package static func outerByRows(rows: Int, weights: Int, threads: Int) -> Bool {
+    rows <= mostRows && has(nearest(weights, threads).outer, rows)
+  }
+
+  private static func has(_ mask: UInt128, _ rows: Int) -> Bool { mask >> UInt128(rows - 1) & 1 == 1 }
+
+  /// The nearest size by ratio, among those on as many threads or, if there is none, on the most.
+  private static func nearest(_ weights: Int, _ threads: Int) -> Entry {
+    func ratio(_ entry: Entry) -> Double {
+      Double(max(weights, entry.weights)) / Double(min(weights, entry.weights))
+    }
+    var best = measured[0]
+    for index in measured.indices {
+      let entry = measured[index]
+      // More threads than were measured are like the most that were.
+      guard entry.threads <= max(threads, 1) else { continue }
+      if entry.threads > best.threads || entry.threads == best.threads && ratio(entry) < ratio(best) {
+        best = entry
+      }
+    }
+    return best
+  }
+}

@@ -1,0 +1,149 @@
+/// A product under way, rows in panels times a matrix, by the kernel that its rows call for.
+package struct Product {
+  package enum Kernel: CaseIterable, Sendable {
+    /// `Dots`: other sums than those of the others, which all have the same bits.
+    case dots
+    /// `FewRows`: the matrix where it stands.
+    case inPlace
+    /// `Tiles` with packed strips of the matrix.
+    case strips
+  }
+
+  /// The memory in which a thread makes one product at a time.
+  package struct Desk {
+    /// A result tile of any kernel.
+    package let tile: UnsafeMutablePointer<Float>
+    /// Packed columns of a matrix [depth, 32].
+    let strip: UnsafeMutablePointer<Float>
+    /// What kernels in place keep.
+    let scratch: UnsafeMutablePointer<Float>
+
+    /// For matrices of no more than `longest` rows or columns.
+    package init(arena: inout Arena, longest: Int) {
+      tile = arena.take(Tiles.floats)
+      strip = arena.take(longest * Strip.width)
+      scratch = arena.take(max(FewRows.scratch(depth: longest), Dots.scratch))
+    }
+  }
+
+  let left: Panels
+  let factor: Factor
+  let desk: Desk
+
+  package init(_ left: Panels, _ factor: Factor, on desk: Desk) {
+    (self.left, self.factor, self.desk) = (left, factor, desk)
+  }
+
+  /// Multiplies `rows` rows, 32 columns at a time, and calls `body` with each panel's tile while it is hot: its column,
+  /// first row, height and memory, and that of the second product, if there is one, at the same place.
+  ///
+  /// `columns` are all of them or begin and end at multiples of 32. Where a kernel in place cannot take the matrix, or some
+  /// of its columns, strips do.
+  @inline(__always)
+  package static func forEachTile(
+    _ rows: Int, in columns: Range<Int>, by kernel: Kernel, _ product: Product, _ second: Product? = nil,
+    _ body: (
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
+    ) -> Void
+  ) {
+    if kernel != .strips, product.factor.matrixInPlace != nil {
+      return forEachTileInPlace(rows, columns, product, second, body)
+    }
+    let isInPlace = kernel != .strips && product.factor.rowsInPlace(columns.lowerBound) != nil
+    if isInPlace, kernel == .inPlace {
+      FewRows.prepare(product.left, rows: rows, scratch: product.desk.scratch)
+      if let second { FewRows.prepare(second.left, rows: rows, scratch: second.desk.scratch) }
+    }
+    for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
+      let inPlace = isInPlace && product.multiplyInPlace(column, rows, by: kernel)
+      if inPlace {
+        _ = second?.multiplyInPlace(column, rows, by: kernel)
+      } else {
+        product.factor.pack(column, into: product.desk.strip)
+        second?.factor.pack(column, into: second!.desk.strip)
+      }
+      let panels = Panels.count(rows)
+      for panel in 0..<panels {
+        let row = panel * Panels.height
+        let high = min(Panels.height, rows - row)
+        let shift = inPlace ? row * Strip.width : 0
+        if !inPlace {
+          product.multiply(row, high, prefetching: column + Strip.width, panel, panels)
+          second?.multiply(row, high, prefetching: column + Strip.width, panel, panels)
+        }
+        body(column, row, high, product.desk.tile + shift, (second ?? product).desk.tile + shift)
+      }
+    }
+  }
+
+  /// The same for a matrix whose rows are added up: some of its rows at a time, read from end to end.
+  @inline(__always)
+  private static func forEachTileInPlace(
+    _ rows: Int, _ columns: Range<Int>, _ product: Product, _ second: Product?,
+    _ body: (
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
+    ) -> Void
+  ) {
+    let depth = product.factor.depth
+    product.clearSums(rows, columns)
+    second?.clearSums(rows, columns)
+    for from in stride(from: 0, to: depth, by: FewRows.depthAtOnce) {
+      let isLast = from + FewRows.depthAtOnce >= depth
+      for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
+        product.add(rows, from, column, intoTile: isLast)
+        second?.add(rows, from, column, intoTile: isLast)
+        guard isLast else { continue }
+        Panels.forEach(rows: rows) { row, high in
+          let shift = row * Strip.width
+          body(column, row, high, product.desk.tile + shift, (second ?? product).desk.tile + shift)
+        }
+      }
+    }
+  }
+
+  /// Makes 32 columns of all rows from weights where they stand; false where those are too few.
+  @inline(__always)
+  private func multiplyInPlace(_ column: Int, _ rows: Int, by kernel: Kernel) -> Bool {
+    guard let low = factor.rowsInPlace(column), let high = factor.rowsInPlace(column + FewRows.columns) else {
+      return false
+    }
+    for half in 0..<2 {
+      let (weights, tile) = (half == 0 ? low : high, desk.tile + half * FewRows.columns)
+      if kernel == .dots {
+        Dots.product(left, rows: rows, weights: weights, depth: factor.depth, scratch: desk.scratch, into: tile)
+      } else {
+        FewRows.product(left, rows: rows, weights: weights, depth: factor.depth, scratch: desk.scratch, into: tile)
+      }
+    }
+    return true
+  }
+
+  /// Sums of 16 columns of all rows stand side by side until they are whole.
+  @inline(__always) private func sums(_ column: Int, _ rows: Int) -> UnsafeMutablePointer<Float> {
+    desk.scratch + column * rows
+  }
+
+  @inline(__always)
+  private func clearSums(_ rows: Int, _ columns: Range<Int>) {
+    sums(columns.lowerBound, rows).update(repeating: 0, count: rows * columns.count)
+  }
+
+  /// Adds what some rows of the matrix give to 32 columns of all rows.
+  @inline(__always)
+  private func add(_ rows: Int, _ from: Int, _ column: Int, intoTile isLast: Bool) {
+    for half in stride(from: column, to: min(column + Strip.width, factor.columns), by: 16) {
+      let sums = sums(half, rows)
+      FewRows.add(
+        left, rows: rows, from: from, count: min(FewRows.depthAtOnce, factor.depth - from),
+        weights: factor.matrixInPlace! + (from * factor.columns + half), stride: factor.columns,
+        to: sums, into: isLast ? desk.tile + (half - column) : sums, apart: isLast ? Strip.width : 16)
+    }
+  }
+
+  /// Makes the tile of one panel with the packed strip, asking meanwhile for a share of the next one.
+  @inline(__always)
+  private func multiply(_ row: Int, _ high: Int, prefetching next: Int, _ panel: Int, _ panels: Int) {
+    factor.prefetch(next, part: panel, of: panels)
+    Tiles.product(panel: left.panel(row), high: high, strip: desk.strip, depth: factor.depth, into: desk.tile)
+  }
+}
