@@ -156,7 +156,8 @@ choices: packages-build
 	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/base
 	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/wide)
 	.build/base/release/Choose $(OUT)/choices-base.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesBase.swift
-	$(if $(filter wide,$(LEVELS)),.build/wide/release/Choose $(OUT)/choices-wide.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide.swift)
+	if grep -q avx512vl /proc/cpuinfo; then .build/wide/release/Choose $(OUT)/choices-wide.csv > $(OUT)/choices && \
+	  mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide.swift; fi
 	$(SWIFT) format -i Sources/FasterMoE/Ground/Choices*.swift
 
 # AdamW beside loops that move the same bytes.

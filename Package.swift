@@ -49,7 +49,7 @@ let package = Package(
     .executableTarget(
       name: "ToolMain", dependencies: ["Tool", "CHints"], swiftSettings: core,
       linkerSettings: [.unsafeFlags(standalone)]),
-    // Only `make choices` builds it.
+    // For `make choices` alone.
     .executableTarget(name: "Choose", dependencies: ["FasterMoE"], swiftSettings: core),
     .testTarget(name: "FasterMoETests", dependencies: ["FasterMoE", "CHints"], swiftSettings: core),
     .testTarget(name: "ToolTests", dependencies: ["Tool", "FasterMoE"], swiftSettings: core),

@@ -238,9 +238,9 @@ int main(int argc, char **argv) {
         if (out)
           fprintf(out,
                   "%s\n  {\"shape\": \"%c\", \"routing\": \"%s\", \"threads\": %d, \"busiest_over_mean\": %.3f, \"forward_seconds\": %.6g, "
-                  "\"step_seconds\": %.6g, \"forward_share\": %.4f, \"step_share\": %.4f, \"openblas_products_share\": %.4f, \"sgemm\": %.4g, \"memory_ratio\": %.3f, \"weights_read\": %.4g}",
+                  "\"step_seconds\": %.6g, \"forward_share\": %.4f, \"step_share\": %.4f, \"openblas_products_share\": %.4f, \"sgemm\": %.4g, \"memory_ratio\": %.3f}",
                   rows++ ? "," : "", s.name, zipf ? "zipf" : "balanced", sizes[t], b.busiest, forward, full, flops / forward / blas,
-                  3 * flops / full / blas, 3 * flops / bare / blas, blas, memory[t][i], weights);
+                  3 * flops / full / blas, 3 * flops / bare / blas, blas, memory[t][i]);
       }
     }
   }

@@ -95,10 +95,10 @@ static double fma_peak(int threads) {
 
 /* Bytes a second that a loop reads which does nothing else, from huge pages or, as a program that asks for nothing gets them,
  * ordinary ones. */
-static inline double read_rate(int threads, int pages) {
+static inline double read_rate(int threads, int ordinary) {
   int64_t count = 64 << 20;
   float *memory = floats(count);
-  if (pages) { /* given back and touched anew */
+  if (ordinary) { /* given back and touched anew */
     madvise(memory, (size_t)count * sizeof(float), MADV_NOHUGEPAGE);
     madvise(memory, (size_t)count * sizeof(float), MADV_DONTNEED);
     for (int64_t i = 0; i < count; i++) memory[i] = 1;

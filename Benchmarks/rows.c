@@ -2,7 +2,7 @@
  *
  *   rows [--threads N] [--model d] [--hidden h] [--experts E] [--csv FILE] [--svg FILE] [--repeats N] [--rows a,b-c,...]
  *
- * Experts of d x h that get 1 to 96 rows each, E of them so that their weights fit no cache. Forward, and backward of the first
+ * Experts of d x h that get 1 to 128 rows each, E of them so that their weights fit no cache. Forward, and backward of the first
  * batch after fmoe_layer_begin_gradients, in GFLOP/s of useful flops, beside what OpenBLAS reaches with the bare products of the
  * same experts, and beside the limit: the machine's FMA peak, or its rate of reading where the weights take longer. The best
  * of the repeats of each, in turns. Says at the end where OpenBLAS was faster. */
@@ -118,9 +118,14 @@ int main(int argc, char **argv) {
   if (out) fprintf(out, "rows,threads,forward,openblas_forward,limit_forward,backward,openblas_backward,limit_backward\n");
   char *copy = strdup(list);
   int slower = 0;
-  for (char *word = strtok(copy, ","); word; word = strtok(NULL, ","))
-  for (int64_t rows = atoll(word), last = strchr(word, '-') ? atoll(strchr(word, '-') + 1) : rows; rows <= last; rows++) {
-    const int64_t n = rows * E;
+  int64_t wanted[MOST];
+  int lines_wanted = 0;
+  for (char *word = strtok(copy, ","); word; word = strtok(NULL, ",")) {
+    int64_t last = strchr(word, '-') ? atoll(strchr(word, '-') + 1) : atoll(word);
+    for (int64_t r = atoll(word); r <= last && lines_wanted < MOST; r++) wanted[lines_wanted++] = r;
+  }
+  for (int w = 0; w < lines_wanted; w++) {
+    const int64_t rows = wanted[w], n = rows * E;
     if (rows < 1 || rows > 128) return fprintf(stderr, "rows are 1 to 128, not %s\n", word), 2;
     speeds ours = {1e9, 1e9}, theirs = {1e9, 1e9};
     for (int r = -1; r < repeats; r++) {
@@ -141,7 +146,7 @@ int main(int argc, char **argv) {
     double flops = 4.0e-9 * (double)(n * d * h);
     /* Forward reads the weights once; backward too, and writes as much. */
     const double streaming = flops / (weights / bandwidth);
-    line *l = &lines[count < MOST ? count++ : MOST - 1];
+    line *l = &lines[count++];
     *l = (line){rows, {{flops / ours.forward, flops / theirs.forward, fmin(peak * 1e-9, streaming)},
                        {2 * flops / ours.backward, 2 * flops / theirs.backward, fmin(peak * 1e-9, streaming)}}};
     printf("%5ld", rows);

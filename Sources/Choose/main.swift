@@ -34,7 +34,7 @@ final class Trial: @unchecked Sendable {
     memset(scratch.base, 0, scratch.bytes)
   }
 
-  /// More than the last cache of what most cores share.
+  /// More than caches hold.
   static let bytes = 64 << 20
 
   private static func desk(_ model: Int, _ hidden: Int, _ arena: inout Arena) -> (Product.Desk, Panels, Panels) {
@@ -162,7 +162,6 @@ do {
   }
 } catch { fatalError("\(error)") }
 fclose(csv)
-let mostDots = dots.firstIndex { $0 < 1 } ?? dots.count
 let gains = dots.map { String(Double(Int(100 * $0)) / 100) }.joined(separator: ", ")
 #if WIDE_VECTORS
   let level = "#if WIDE_VECTORS"
@@ -172,8 +171,7 @@ let gains = dots.map { String(Double(Int(100 * $0)) / 100) }.joined(separator: "
 print("// Made by `make choices`.")
 print(level)
 print("  extension Choices {")
-print("    /// `Dots` beside the kernels in place for 1, 2... rows: \(gains) times as fast.")
-print("    package static let mostDots = \(mostDots)")
+print("    // `Dots` beside the kernels in place for 1, 2... rows: \(gains) times as fast.")
 print("    static let measured: InlineArray<\(entries.count), Entry> = [")
 for entry in entries { print(entry) }
 print("    ]\n  }\n#endif")

@@ -59,6 +59,37 @@ private struct Outcome: Equatable {
     }
   }
 
+  /// Fewer experts than threads: their rows are cut by columns, in stages, or by rows where they are many.
+  @Test(arguments: [1, 4, 5, 12, 13, 60, 129, 240, 241, 600], [Activation.gelu, .swiglu])
+  func fewExpertsGiveTheSameBitsForAnyThreads(n: Int, activation: Activation) throws {
+    let (d, h) = (40, 100)
+    var numbers = Numbers(22)
+    let (tokens, gradOutput, weights) = (numbers.array(n * d), numbers.array(n * d), numbers.array(n))
+    for (experts, busy) in [(1, 1), (4, 2)] {
+      let choices = (0..<n).map { Int32($0 % 7 < 5 ? 0 : busy - 1) }
+      func outcome(threads: Int) throws -> [[Float]] {
+        let shape = try Shape(model: d, hidden: h, experts: experts, choices: 1, activation: activation)
+        let layer = try Layer.together(Self.group(threads: threads)) { Layer.Options(shape, seed: 9) }
+        var (output, gradTokens) = ([Float](repeating: 0, count: n * d), [Float](repeating: 0, count: n * d))
+        var gradWeights = [Float](repeating: 0, count: n)
+        try tokens.withUnsafeBufferPointer { tokens in
+          let pass = try layer.route(tokens: tokens.baseAddress, count: n, choices: choices, weights: weights)
+          try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+          try gradTokens.withUnsafeMutableBufferPointer { dx in
+            try gradWeights.withUnsafeMutableBufferPointer {
+              try pass.backward(gradOutput, gradTokens: dx.baseAddress, gradWeights: $0.baseAddress)
+            }
+          }
+          pass.end()
+        }
+        let gradients = Array(UnsafeBufferPointer(start: layer.gradients.base, count: layer.gradients.floats))
+        return [output, gradTokens, gradWeights, gradients]
+      }
+      let alone = try outcome(threads: 1)
+      for threads in [2, 3, 4, 8] { #expect(try outcome(threads: threads) == alone, "\(experts), \(threads) threads") }
+    }
+  }
+
   @Test func everyGateGivesTheSameBitsForAnyThreads() throws {
     let tight = Capacity(factor: 0.7, inEvaluation: 1)
     let gates: [(any Gate, Int)] = [

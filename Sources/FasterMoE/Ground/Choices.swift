@@ -1,6 +1,6 @@
 /// Which kernels are fastest, by rows, sizes and threads, as measured: `make choices` writes the tables.
 ///
-/// All that stand here make the same bits, so a choice may look at anything; but not `mostDots`.
+/// All that stand here make the same bits, so a choice may look at anything. `Dots` is not among them.
 package enum Choices {
   /// Most rows that a table speaks of; for more, the matrix is packed.
   package static let mostRows = 128
@@ -33,20 +33,15 @@ package enum Choices {
 
   private static func has(_ mask: UInt128, _ rows: Int) -> Bool { mask >> UInt128(rows - 1) & 1 == 1 }
 
-  /// The nearest size by ratio, among those on as many threads or, if there is none, on the most.
+  /// The nearest size by ratio, among those on one thread or those on several.
   private static func nearest(_ weights: Int, _ threads: Int) -> Entry {
-    func ratio(_ entry: Entry) -> Double {
-      Double(max(weights, entry.weights)) / Double(min(weights, entry.weights))
+    func distance(_ entry: Entry) -> Double {
+      let ratio = Double(max(weights, entry.weights)) / Double(min(weights, entry.weights))
+      // A machine of one core has measured no others.
+      return (entry.threads > 1) == (threads > 1) ? ratio : ratio * 1e12
     }
     var best = measured[0]
-    for index in measured.indices {
-      let entry = measured[index]
-      // More threads than were measured are like the most that were.
-      guard entry.threads <= max(threads, 1) else { continue }
-      if entry.threads > best.threads || entry.threads == best.threads && ratio(entry) < ratio(best) {
-        best = entry
-      }
-    }
+    for index in measured.indices where distance(measured[index]) < distance(best) { best = measured[index] }
     return best
   }
 }

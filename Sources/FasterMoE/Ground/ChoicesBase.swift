@@ -1,8 +1,7 @@
 // Made by `make choices`.
 #if !WIDE_VECTORS
   extension Choices {
-    /// `Dots` beside the kernels in place for 1, 2... rows: 1.9, 1.59, 1.6, 1.31 times as fast.
-    package static let mostDots = 4
+    // `Dots` beside the kernels in place for 1, 2... rows: 1.9, 1.59, 1.6, 1.31 times as fast.
     static let measured: InlineArray<6, Entry> = [
       Entry(
         weights: 131072, threads: 1, transposed: 0x00000000f000000f7001e0feffffffff,

@@ -1,8 +1,7 @@
 // Made by `make choices`.
 #if WIDE_VECTORS
   extension Choices {
-    /// `Dots` beside the kernels in place for 1, 2... rows: 1.21, 1.25, 1.24, 1.11 times as fast.
-    package static let mostDots = 4
+    // `Dots` beside the kernels in place for 1, 2... rows: 1.21, 1.25, 1.24, 1.11 times as fast.
     static let measured: InlineArray<6, Entry> = [
       Entry(
         weights: 131072, threads: 1, transposed: 0x000f0000000000008081fcffffffffff,

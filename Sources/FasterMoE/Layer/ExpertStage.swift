@@ -120,7 +120,7 @@ extension PassContext {
   /// How to multiply rows of a block forward. Where its expert has very few in the whole step, that decides, for it is the
   /// same for all plans, workers and threads.
   private func forwardKernel(_ block: Block, _ rows: Range<Int>, _ product: Product) -> Product.Kernel {
-    inbox.rowsInStep[Int(block.expert)] <= Choices.mostDots
+    inbox.rowsInStep[Int(block.expert)] <= Dots.most
       ? .dots : Choices.transposed(rows: rows.count, product.factor, threads: team.threads)
   }
 

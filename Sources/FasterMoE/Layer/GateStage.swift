@@ -97,7 +97,8 @@ extension PassContext {
         jitter?.apply(to: columns, rows: rows.count, token: firstToken + rows.lowerBound, column: column)
         Outer.add(
           store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
-          to: layer.gradients.gate + column, stride: d, writes: false, byRows: rows.count <= Panels.height,
+          to: layer.gradients.gate + column, stride: d, writes: false,
+          byRows: Choices.outerByRows(rows: rows.count, weights: layer.columns * d, threads: team.threads),
           tile: desk.first.tile)
         task += 1
       }

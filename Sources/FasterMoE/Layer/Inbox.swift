@@ -15,7 +15,7 @@ struct Inbox {
   let latest: UnsafeMutablePointer<Int32>
   /// [e + shadows] rows of all workers for each expert.
   let rowsInStep: UnsafeMutablePointer<Int>
-  /// Tasks done of each block: those that make its rows' gradients, those that make its weights' gradients.
+  /// Tasks done of each block: those that make its rows' outputs or gradients, those that make its weights' gradients.
   let rowTasksDone: UnsafeMutablePointer<Atomic<Int>>
   let weightTasksDone: UnsafeMutablePointer<Atomic<Int>>
   /// [W] where the rows of each worker stand.

@@ -25,7 +25,8 @@ final class Recording {
     var peer = Peer.none
     /// The block of a task, the round of a stream, or the place of its expert among the shadows.
     var place: Int32 = -1
-    /// Zero where a kind has none: those of a block's task, or those that a stream carries.
+    /// Those of a block's task, or those that a stream carries; 0 where a kind has none and for most tasks that make some columns
+    /// of all rows, so that sums over tasks are right.
     var rows: Int32 = 0
     var bytes = 0
     var times: Movement

@@ -132,7 +132,7 @@ package struct Trace: Encodable {
         var arguments = Arguments(trip: trip(entry))
         if let (expert, isShadow, round) = pass.task(entry) {
           (arguments.expert, arguments.shadow, arguments.round) = (expert, isShadow ? true : nil, round)
-          arguments.rows = Int(entry.rows)
+          arguments.rows = entry.rows > 0 ? Int(entry.rows) : nil
         }
         add(
           Trace.words(entry, pass).words, .computation, number, process, entry.times.begin, entry.times.end, arguments)
@@ -178,6 +178,7 @@ package struct Trace: Encodable {
       guard let (expert, isShadow, _) = pass.task(entry) else { return words }
       return "\(isShadow ? "shadow of expert" : "expert") \(expert)"
     }
+    func rows() -> String { entry.rows > 0 ? "\(entry.rows) rows" : "some columns of its rows" }
     return switch entry.kind {
     case .gateCall: ("gate", .call)
     case .routeCall: ("route", .call)
@@ -201,8 +202,8 @@ package struct Trace: Encodable {
     case .addCopyGrads: ("add gradients of shadows", .computation)
     case .combine: ("combine", .computation)
     case .combineGrads: (pass.isGated ? "combine and gate's gradients" : "combine", .computation)
-    case .experts: ("C \(expert()), \(entry.rows) rows", .computation)
-    case .expertGrads: ("C \(expert()), gradients of \(entry.rows) rows", .computation)
+    case .experts: ("C \(expert()), \(rows())", .computation)
+    case .expertGrads: ("C \(expert()), gradients of \(rows())", .computation)
     case .weightGrads: ("W \(expert()), weight gradients of \(entry.rows) rows", .computation)
     }
   }

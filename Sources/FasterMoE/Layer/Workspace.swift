@@ -7,7 +7,7 @@ struct Workspace {
     /// For products; the second for what stands beside the first in gated experts.
     let first: Product.Desk
     let second: Product.Desk
-    /// Token rows on their way through the gate [gateRows, d].
+    /// Token rows on their way through the gate [gateRows, d]; in backward also dy of a block whose columns are cut.
     let tokens: Panels
     /// Some columns of token rows [gateRows, gateColumns].
     let columns: Panels
@@ -29,7 +29,7 @@ struct Workspace {
     /// x and dy of the block's rows [rows, d].
     let tokens: Panels
     let grads: Panels
-    /// The hidden activations [rows, h]; in backward each row times its routing weight.
+    /// The hidden activations [rows, h]; in backward first their gradients, then each row times its routing weight.
     let hidden: Panels
     /// The routing weight of each row.
     let scales: UnsafeMutablePointer<Float>
