@@ -119,14 +119,14 @@ int main(int argc, char **argv) {
   char *copy = strdup(list);
   int slower = 0;
   int64_t wanted[MOST];
-  int lines_wanted = 0;
+  int count_wanted = 0;
   for (char *word = strtok(copy, ","); word; word = strtok(NULL, ",")) {
     int64_t last = strchr(word, '-') ? atoll(strchr(word, '-') + 1) : atoll(word);
-    for (int64_t r = atoll(word); r <= last && lines_wanted < MOST; r++) wanted[lines_wanted++] = r;
+    for (int64_t r = atoll(word); r <= last && count_wanted < MOST; r++) wanted[count_wanted++] = r;
   }
-  for (int w = 0; w < lines_wanted; w++) {
+  for (int w = 0; w < count_wanted; w++) {
     const int64_t rows = wanted[w], n = rows * E;
-    if (rows < 1 || rows > 128) return fprintf(stderr, "rows are 1 to 128, not %s\n", word), 2;
+    if (rows < 1 || rows > 128) return fprintf(stderr, "rows are 1 to 128, not %ld\n", rows), 2;
     speeds ours = {1e9, 1e9}, theirs = {1e9, 1e9};
     for (int r = -1; r < repeats; r++) {
       fmoe_pass *pass;
