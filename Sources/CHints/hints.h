@@ -43,22 +43,6 @@ __attribute__((always_inline)) static inline unsigned hint_equal(hint_lanes x, h
   return __builtin_bit_cast(unsigned short, __builtin_convertvector(x == y, hint_flags));
 }
 
-/* Makes columns of 16 rows of 16 lanes, in their place: four times the upper half of rows is shuffled into the lower one, as
- * cards are. */
-static inline void hint_transpose(float *rows) {
-  hint_lanes from[16], to[16];
-  for (int i = 0; i < 16; i++) from[i] = ((const hint_lanes *)rows)[i];
-  for (int round = 0; round < 4; round++) {
-    for (int i = 0; i < 8; i++) {
-      to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      to[2 * i + 1] =
-        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int i = 0; i < 16; i++) from[i] = to[i];
-  }
-  for (int i = 0; i < 16; i++) ((hint_lanes *)rows)[i] = from[i];
-}
-
 /* Each even lane twice, each odd lane twice. */
 __attribute__((always_inline)) static inline hint_lanes hint_evens(hint_lanes x) {
   return __builtin_shufflevector(x, x, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);

@@ -1,9 +1,14 @@
 import FasterMoE
-import Glibc
+import Foundation
 import Synchronization
 
 // Measures which kernels are fastest, by rows, sizes and threads, and prints the table of this CPU level; the GFLOP/s that
 // decided go to a file: see `make choices`.
+
+func stop(_ words: String) -> Never {
+  try? FileHandle.standardError.write(contentsOf: Data("\(words)\n".utf8))
+  exit(2)
+}
 
 /// Matrices of one size, more than caches hold, and what a thread needs to multiply with them.
 final class Trial: @unchecked Sendable {
@@ -84,7 +89,7 @@ final class Trial: @unchecked Sendable {
           seat.trial.work(thread: seat.thread)
           return nil
         }, seat)
-      guard failed == 0 else { fatalError("no thread") }
+      guard failed == 0 else { stop("the system starts no thread") }
       others.append(id)
     }
     work(thread: 0)
@@ -117,8 +122,7 @@ final class Trial: @unchecked Sendable {
 }
 
 guard CommandLine.arguments.count == 2, let csv = fopen(CommandLine.arguments[1], "w") else {
-  print("usage: Choose CSV")
-  exit(2)
+  stop("usage: Choose CSV, where the speeds that decide are written")
 }
 fputs("rows,d,h,threads,transposed in place,strips,straight in place,strips,sums by rows,by columns,dots\n", csv)
 
@@ -160,7 +164,7 @@ do {
           + "straight: \(hex(masks.straight)), outer: \(hex(masks.outer))),")
     }
   }
-} catch { fatalError("\(error)") }
+} catch { stop("\(error)") }
 fclose(csv)
 let gains = dots.map { String(Double(Int(100 * $0)) / 100) }.joined(separator: ", ")
 #if WIDE_VECTORS

@@ -182,6 +182,12 @@ struct Numbers {
     }
   }
 
+  @Test func blocksAreTurned() {
+    let square = (0..<(16 * 20)).map { Float($0) }
+    let turned = transposed(square, stride: 20)
+    for row in 0..<16 { #expect((0..<16).allSatisfy { turned[row][$0] == Float($0 * 20 + row) }) }
+  }
+
   /// The dots of very few rows against Double loops, and a row's bits whatever stands beside it.
   @Test func dotsEqualDoubleLoops() {
     var numbers = Numbers(7)

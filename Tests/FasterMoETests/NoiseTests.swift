@@ -51,11 +51,6 @@ import Testing
       }
     }
     #expect(Vector(repeating: 0).lowest.sign == .plus)
-    let square = UnsafeMutableRawPointer.allocate(byteCount: 1024, alignment: 64).assumingMemoryBound(to: Float.self)
-    defer { square.deallocate() }
-    for place in 0..<256 { square[place] = Float(place) }
-    hint_transpose(square)
-    #expect((0..<256).allSatisfy { square[$0] == Float($0 % 16 * 16 + $0 / 16) })
   }
 
   @Test func drawsAreNormal() {

@@ -1,6 +1,6 @@
 /// A product under way, rows in panels times a matrix, by the kernel that its rows call for.
 package struct Product {
-  package enum Kernel: CaseIterable, Sendable {
+  package enum Kernel {
     /// `Dots`: other sums than those of the others, which all have the same bits.
     case dots
     /// `FewRows`: the matrix where it stands.

@@ -51,9 +51,9 @@ package struct Auction {
   /// Sets the values of `square`, a row for each job from `job` on; of those bidders and jobs that there are. Jobs come in
   /// order, 16 at a time.
   package func setSquare(of job: Int, to bidder: Int) {
-    hint_transpose(square)
+    let turned = transposed(square, stride: Auction.lanes)
     for row in 0..<min(Auction.lanes, bidders - bidder) {
-      (values + (bidder + row) * padded).store(square.vector(at: row * Auction.lanes), at: job)
+      (values + (bidder + row) * padded).store(turned[row], at: job)
     }
   }
 
