@@ -269,4 +269,16 @@ final class Mailbox: @unchecked Sendable {
     #expect(try shares("core:4 pu:1", 4) == [0..<1, 1..<2, 2..<3, 3..<4])
     #expect(try shares("core:2 pu:1", 3).allSatisfy(\.isEmpty), "too few are left to the scheduler")
   }
+
+  @Test func machinesThatTakeDaysToDescribeAreRefused() throws {
+    let machines = [
+      "66666666", "core:4097 pu:1", "pack:4096 core:17 pu:1", "pack:2 [numa] core:4096 pu:9", "2 2 99999",
+    ]
+    for machine in machines {
+      let refused = failure { () throws(Failure) in _ = try Topology(description: machine) }
+      #expect(refused?.kind == .topology && refused?.message.contains("65536 in all") == true, "\(machine)")
+    }
+    let odd = try Topology(description: "pack:2(memory=999999999) [numa(memory=17179869184)] L2:2 core:4 pu:2")
+    #expect(odd.cores.count == 16, "only counts count")
+  }
 }

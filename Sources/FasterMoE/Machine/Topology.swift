@@ -80,8 +80,35 @@ package final class Topology {
           "topology '\(String(cString: description))' is neither a readable file nor a synthetic description such as 'pack:2 core:4 pu:1'"
         )
       }
+      try checkSize(String(cString: description))
     }
     guard hwloc_topology_load(handle) == 0 else { throw Failure(.topology, "hwloc cannot discover this machine") }
+  }
+
+  /// Most things of one kind in one of another, and most in all, in a synthetic description: hwloc takes seconds for these,
+  /// and days for some that fit in a line.
+  private static let (mostEach, mostInAll) = (4096, 65536)
+
+  private static func checkSize(_ description: String) throws(Failure) {
+    // Counts stand alone or behind a colon; what is in brackets or parentheses says something else.
+    var (depth, all, count, isCount) = (0, 1, 0, true)
+    for letter in description.utf8 + [UInt8(ascii: " ")] {
+      switch letter {
+      case UInt8(ascii: "0")...UInt8(ascii: "9") where isCount && depth == 0:
+        count = min(count * 10 + Int(letter - UInt8(ascii: "0")), mostInAll + 1)
+        continue
+      case UInt8(ascii: "("), UInt8(ascii: "["): depth += 1
+      case UInt8(ascii: ")"), UInt8(ascii: "]"): depth -= 1
+      default: break
+      }
+      guard count <= mostEach, all * max(1, count) <= mostInAll else {
+        throw Failure(
+          .topology, "topology '\(description)' has more than \(mostEach) of a kind in one place or \(mostInAll) in all"
+        )
+      }
+      all *= max(1, count)
+      (count, isCount) = (0, letter == UInt8(ascii: " ") || letter == UInt8(ascii: ":"))
+    }
   }
 
   /// Leaves only the processors that the calling thread may run on: mpirun and taskset say so by its mask.
