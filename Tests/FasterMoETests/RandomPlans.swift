@@ -32,10 +32,13 @@ final class Batch {
 /// Any cluster, batch and plan.
 enum RandomPlans {
   /// Hosts of some workers each, ranks dealt out in any order, links of any speed, now and then a peer link.
-  static func randomCluster(_ numbers: inout Numbers, workers: Int, latency: Double = 1e-5) throws -> Cluster {
+  static func randomCluster(
+    _ numbers: inout Numbers, workers: Int, latency: Double = 1e-5, slower: Double = 1
+  ) throws -> Cluster {
     func number(_ low: Double, _ high: Double) -> Double { low + (high - low) * Double(numbers.next() + 1) / 2 }
     func link() -> Cluster.Document.Link {
-      Cluster.Document.Link(bandwidth: numbers.below(5) == 0 ? nil : number(1e8, 2e9), latency: latency * number(0, 1))
+      Cluster.Document.Link(
+        bandwidth: numbers.below(5) == 0 ? nil : number(1e8, 2e9) / slower, latency: slower * latency * number(0, 1))
     }
     var document = Cluster.Document()
     document.places = [.init(name: "root")]
@@ -45,9 +48,11 @@ enum RandomPlans {
       document.workers.append(
         .init(
           name: "w\(worker)", in: "h\(numbers.below(hosts))", up: link(), down: link(),
-          flops: [.init(rows: 1, rate: FlopRate(1e9)), .init(rows: 50, rate: FlopRate(number(2e10, 5e10)))],
-          weightFlops: numbers.below(2) == 0 ? nil : [.init(rows: 9, rate: FlopRate(number(1e10, 4e10)))],
-          rowHandling: numbers.below(2) == 0 ? nil : number(1e8, 1e10)))
+          flops: [
+            .init(rows: 1, rate: FlopRate(1e9 / slower)), .init(rows: 50, rate: FlopRate(number(2e10, 5e10) / slower)),
+          ],
+          weightFlops: numbers.below(2) == 0 ? nil : [.init(rows: 9, rate: FlopRate(number(1e10, 4e10) / slower))],
+          rowHandling: numbers.below(2) == 0 ? nil : number(1e8, 1e10) / slower))
     }
     if workers > 2 && numbers.below(2) == 0 {
       document.peers = [.init(from: "w0", to: "w\(1 + numbers.below(workers - 1))", there: link(), back: link())]
@@ -63,16 +68,16 @@ enum RandomPlans {
       })
   }
 
-  /// `body` for many clusters, batches and shapes.
+  /// `body` for many clusters, batches and shapes. On clusters so many times `slower` a plan may take as much longer.
   static func withRandom(
-    _ stream: UInt64, times: Int = 40, latency: Double = 1e-5,
+    _ stream: UInt64, times: Int = 40, latency: Double = 1e-5, slower: Double = 1,
     _ body: (inout Numbers, Cluster, Batch, Shape) throws -> Void
   ) throws {
     var numbers = Numbers(stream)
     for _ in 0..<times {
       let workers = 1 + numbers.below(9)
       let experts = workers * (1 + numbers.below(3))
-      let cluster = try randomCluster(&numbers, workers: workers, latency: latency)
+      let cluster = try randomCluster(&numbers, workers: workers, latency: latency, slower: slower)
       let batch = randomBatch(&numbers, workers: workers, experts: experts)
       let shape = try Shape(model: 64, hidden: 128, experts: experts, choices: 1, activation: .gelu)
       try body(&numbers, cluster, batch, shape)

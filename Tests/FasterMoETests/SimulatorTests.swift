@@ -13,16 +13,16 @@ import Testing
     var simulator = Simulator(batch.traffic, shape, on: cluster)
     let costs = simulator.costs(plan.groups, volumes, volumes.moving)
     for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
-      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
-      #expect(least(steps, plan.overlaps, cluster.slowdown) >= timeline.end)
-      let unhindered = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: 1, keeping: .needed)
+      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown)
+      #expect(least(PlayedSteps(steps), plan.overlaps, cluster.slowdown) >= timeline.end)
+      let unhindered = Timeline.end(of: PlayedSteps(steps), costs, overlaps: plan.overlaps, slowdown: 1)
       let expected = play(steps, costs, plan.overlaps, stretch: plan.overlaps ? costs.stretch : 1)
-      #expect(abs(unhindered.end.value - expected) <= rounding * expected, "\(unhindered.end.value), not \(expected)")
+      #expect(abs(unhindered.value - expected) <= rounding * expected, "\(unhindered.value), not \(expected)")
       #expect(timeline.end.value >= expected * (1 - rounding))
     }
     return
-      (costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
-      + costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown)).value
+      (costs.forward(PlayedSteps(plan.forward), overlaps: plan.overlaps, slowdown: cluster.slowdown)
+      + costs.backward(PlayedSteps(plan.backward), overlaps: plan.overlaps, slowdown: cluster.slowdown)).value
   }
 
   /// When all is over: message by message, from one range of seats to another, whose lanes are a dictionary.

@@ -85,12 +85,11 @@ static void predict(input in) {
   DEMAND(r.shadows >= 0 && r.shadows <= experts && (o.shadowing != 1 || !r.shadows), "%d shadows", r.shadows);
   DEMAND(o.shadowing != 2 || r.shadows == asked, "%d shadows of %d", r.shadows, asked);
   DEMAND(r.group_size >= 1 && r.group_size <= workers && r.steps >= 1, "groups of %d, %d steps", r.group_size, r.steps);
-  DEMAND(r.shadows == fast.shadows && r.group_size == fast.group_size && r.steps == fast.steps,
-         "twice as fast, another plan: %d and %d shadows, groups of %d and %d", r.shadows, fast.shadows, r.group_size,
-         fast.group_size);
-  DEMAND(r.seconds_planned == 2 * fast.seconds_planned && r.seconds_plain == 2 * fast.seconds_plain,
-         "twice as fast: planned %.17g and %.17g, plain %.17g and %.17g", r.seconds_planned, fast.seconds_planned,
-         r.seconds_plain, fast.seconds_plain);
+  /* Half as long a step has half the time to be planned, so only the plan that always is the same must take exactly half. */
+  DEMAND(r.seconds_plain == 2 * fast.seconds_plain, "twice as fast: plain %.17g and %.17g", r.seconds_plain, fast.seconds_plain);
+  if (o.schedule == 1 && (o.shadowing == 1 || o.shadowing == 2))
+    DEMAND(r.seconds_planned == 2 * fast.seconds_planned, "twice as fast: planned %.17g and %.17g", r.seconds_planned,
+           fast.seconds_planned);
 }
 
 /* ---- played ---------------------------------------------------------------------------------- */
@@ -127,7 +126,12 @@ static void play_rank(crew *c, int32_t rank, void *context) {
     fmoe_pass_destroy(pass);
   }
   DEMAND(!memcmp(y[0], y[1], sizeof y[0]), "rank %d of %d: another output", rank, c->ranks);
-  DEMAND(!memcmp(grad_x[0], grad_x[1], sizeof grad_x[0]), "rank %d of %d: other gradients of tokens", rank, c->ranks);
+  /* To rounding: rows that move come back with their weights multiplied in. */
+  float most = 1;
+  for (int i = 0; i < N * D; i++) most = fmaxf(most, fabsf(grad_x[0][i]));
+  for (int i = 0; i < N * D; i++)
+    DEMAND(fabsf(grad_x[0][i] - grad_x[1][i]) <= 1e-5f * most, "rank %d of %d: gradient %d is %g, then %g", rank, c->ranks, i,
+           grad_x[0][i], grad_x[1][i]);
   fmoe_layer_destroy(layer);
 }
 

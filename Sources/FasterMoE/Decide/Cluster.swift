@@ -3,7 +3,9 @@
 /// The links are a tree of places with a worker at each leaf, plus peer links that join two places directly. A **seat** is
 /// a worker's position among the leaves in tree order, where neighbours share the nearest links; a **node** is any point
 /// of the tree: the seats 0..<W, then the places, each before its parent, the root last.
-package struct Cluster: Sendable {
+///
+/// It never changes: `ring`, which is found by walking all the rest, is set at the end of `init`.
+package final class Cluster: @unchecked Sendable {
   /// As it was read.
   package let document: Document
   package let workers: Int

@@ -34,7 +34,7 @@ package struct Forecast {
 
     func span(_ seconds: Range<Double>) -> Range<Seconds> { Seconds(seconds.lowerBound)..<Seconds(seconds.upperBound) }
     func trip(_ steps: [Step], _ seconds: Seconds) -> Trip {
-      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown, keeping: .everything)
+      let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown)
       return Trip(
         steps: steps.enumerated().map { index, step in
           let place = index * timeline.workers + seat
@@ -45,8 +45,10 @@ package struct Forecast {
               sends: span(timeline.sent[place]), receives: span(timeline.received[place])))
         }, seconds: seconds)
     }
-    forward = trip(plan.forward, costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown))
-    backward = trip(plan.backward, costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown))
+    forward = trip(
+      plan.forward, costs.forward(PlayedSteps(plan.forward), overlaps: plan.overlaps, slowdown: cluster.slowdown))
+    backward = trip(
+      plan.backward, costs.backward(PlayedSteps(plan.backward), overlaps: plan.overlaps, slowdown: cluster.slowdown))
   }
 }
 

@@ -10,6 +10,8 @@ package struct Planner {
   private var simulator: Simulator
   /// How many more times a worker's part in a step may be played.
   private var plays = 0
+  /// Lists of steps that were played, by all that they depend on.
+  private var lists: [Int: PlayedSteps] = [:]
   /// Without shadows.
   private let none: Volumes
 
@@ -40,9 +42,9 @@ package struct Planner {
     let known = request.schedule == .pairwise ? nil : plain
     var chosen: Choice
     switch request.shadowing {
-    case .never: chosen = best(ofAll: [none], request, known)
-    case .given: chosen = best(ofAll: [shadowing(request.shadows)], request, nil)
-    case .paper: chosen = best(ofAll: [shadowing(paper)], request, nil)
+    case .never: chosen = best(ofAll: [candidate([])], request, known)
+    case .given: chosen = best(ofAll: [candidate(request.shadows)], request, nil)
+    case .paper: chosen = best(ofAll: [candidate(paper)], request, nil)
     case .everyExpert: chosen = everyExpert(request)
     case .best:
       chosen = best(ofAll: candidates(below: plain.seconds), request, known)
@@ -79,14 +81,21 @@ package struct Planner {
 
   private func shadowing(_ experts: [Int]) -> Volumes { Volumes(none, shadows: experts) }
 
+  /// A set of shadows, and what no schedule of it is faster than.
+  private struct Candidate {
+    let shadows: [Int]
+    let least: Seconds
+  }
+  private func candidate(_ shadows: [Int]) -> Candidate {
+    Candidate(shadows: shadows, least: (shadows.isEmpty ? none : shadowing(shadows)).least)
+  }
+
   /// No shadow, the paper's set, and the prefixes of the order by excess load whose bounds are least; by the least time
   /// that any schedule of each could take.
-  private func candidates(below plain: Seconds) -> [Volumes] {
+  private func candidates(below plain: Seconds) -> [Candidate] {
     let room = max(1, min(Planner.mostSets, Planner.mostPairs / (cluster.workers * cluster.workers)))
-    var found: [(least: Seconds, shadows: ArraySlice<Int>)] = []
-    func insert(_ least: Seconds, _ shadows: ArraySlice<Int>) {
-      found.insert((least, shadows), at: found.firstIndex { least < $0.least } ?? found.count)
-    }
+    var found: [Candidate] = []
+    func insert(_ set: Candidate) { found.insert(set, at: found.firstIndex { set.least < $0.least } ?? found.count) }
     var (volumes, affordable) = (none, plain)
     for expert in ByExcess(traffic, rows: none.rows, on: cluster) {
       volumes.shadow(expert)
@@ -98,14 +107,14 @@ package struct Planner {
         guard least < found[room - 1].least else { continue }
         found.removeLast()
       }
-      insert(least, volumes.shadows[...])
+      insert(Candidate(shadows: volumes.shadows, least: least))
     }
     let paper = self.paper
-    if !paper.isEmpty, !found.contains(where: { $0.shadows.elementsEqual(paper) }) {
-      insert(shadowing(paper).least, paper[...])
-    }
-    insert(none.least, [])
-    return found.map { $0.shadows.isEmpty ? none : shadowing(Array($0.shadows)) }
+    // The other two right after the first: bounds say little of how well sets overlap, and prefixes are much alike.
+    var others = [candidate([])]
+    if !paper.isEmpty, !found.contains(where: { $0.shadows == paper }) { others.append(candidate(paper)) }
+    let first = (found + others).min { $0.least < $1.least }!
+    return [first] + (others + found).filter { $0.shadows != first.shadows }
   }
 
   /// Most prefixes whose schedules are played, and most pairs of workers over all of them: planning must stay small
@@ -117,8 +126,12 @@ package struct Planner {
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step.
   private static let share = 0.005
   private static let secondsEach = Seconds(2e-8)
-  /// A third of a millisecond: many workers with few rows have short steps that still want good plans.
-  private static let fewestPlays = 1 << 14
+  /// Some 40 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
+  private static let fewestPlays = 1 << 11
+  /// Some seconds, however long a step is.
+  private static let mostPlays = 1 << 28
+  /// What looking at a set, at its costs in some groups, and at a list of steps takes besides, in plays.
+  private static let playsEach = 40
   /// A plan that takes this many times what no other can beat is good enough.
   private static let enough = 1.005
 
@@ -140,32 +153,47 @@ package struct Planner {
     return Choice(plan: plan, seconds: seconds(played, costs), volumes: volumes, costs: costs)
   }
 
-  private mutating func best(ofAll sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
-    plays = max(Planner.fewestPlays, Int(sets[0].least * Planner.share / Planner.secondsEach))
+  private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
+    let worth = sets[0].least * Planner.share / Planner.secondsEach
+    plays = worth > Double(Planner.fewestPlays) ? Int(min(worth, Double(Planner.mostPlays))) : Planner.fewestPlays
     return best(sets, request, known)
   }
 
   /// The best schedule of the best of `sets`, which stand in the order of their least time; `known` is one already.
-  private mutating func best(_ sets: [Volumes], _ request: PlanRequest, _ known: Choice?) -> Choice {
+  private mutating func best(_ sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
     var chosen = known
-    /// Nothing that overlaps `volumes` can take less than this.
-    func isEnough(_ volumes: Volumes) -> Bool { chosen.map { $0.seconds < volumes.least * Planner.enough } ?? false }
+    /// Nothing that overlaps such a set can take less.
+    func isEnough(_ set: Candidate) -> Bool { chosen.map { $0.seconds < set.least * Planner.enough } ?? false }
     func choose(_ other: Choice) { if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other } }
 
-    // Every set in the fewest rounds, then what was best in more.
-    let sizes = groupSizes(request)
-    var tried: [(seconds: Seconds, volumes: Volumes, moving: RowsBetween)] = []
-    for (index, volumes) in sets.enumerated() where !isEnough(volumes) && (plays > 0 || index < Planner.fewestSets) {
+    // The first sets in groups of several sizes, each other one in the best of these; then in more, the best sets first.
+    let all = groupSizes(request)
+    var best = all.first
+    var tried: [(set: Candidate, volumes: Volumes, moving: RowsBetween, sizes: [Int], seconds: Seconds)] = []
+    for (index, set) in sets.enumerated() where !isEnough(set) && (plays > 0 || index < Planner.fewestSets) {
+      let volumes = set.shadows.isEmpty ? none : shadowing(set.shadows)
       let moving = volumes.moving
-      let first = sizes.first.map { pairwise($0, volumes, moving) } ?? coarse(volumes, moving)
+      let first = best.map { pairwise($0, volumes, moving) } ?? coarse(volumes, moving)
       choose(first)
-      tried.insert((first.seconds, volumes, moving), at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
+      var sizes = best.map { [$0] } ?? []
+      if index < Planner.fewestSets {
+        for size in all where size != best && isAffordable(size, volumes, 4) && !isEnough(set) {
+          choose(pairwise(size, volumes, moving))
+          sizes.append(size)
+        }
+        if let chosen, chosen.plan.overlaps { best = chosen.plan.groups.size }
+      }
+      tried.insert(
+        (set, volumes, moving, sizes, first.seconds),
+        at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
     }
-    for (_, volumes, moving) in tried {
-      for size in sizes.dropFirst() where plays > 0 && !isEnough(volumes) { choose(pairwise(size, volumes, moving)) }
+    for (set, volumes, moving, sizes, _) in tried {
+      for size in all where !sizes.contains(size) && isAffordable(size, volumes, 2) && !isEnough(set) {
+        choose(pairwise(size, volumes, moving))
+      }
     }
     // Where messages slow down much beside computing.
-    if request.schedule == .best, let (_, volumes, moving) = tried.first { choose(coarse(volumes, moving)) }
+    if request.schedule == .best, let first = tried.first { choose(coarse(first.volumes, first.moving)) }
     return chosen!
   }
 
@@ -177,10 +205,10 @@ package struct Planner {
     while unchanged < experts {
       let before = chosen.seconds
       for shadows in Planner.neighbours(of: chosen.volumes.shadows, expert) {
-        plays -= workers * (workers + experts)
+        plays -= workers * (workers + experts) + Planner.playsEach
         guard plays > 0 else { return }
-        let volumes = shadowing(shadows)
-        if volumes.least < chosen.seconds { chosen = best([volumes], request, chosen) }
+        let other = candidate(shadows)
+        if other.least < chosen.seconds { chosen = best([other], request, chosen) }
       }
       unchanged = chosen.seconds < before ? 0 : unchanged + 1
       expert = (expert + 1) % experts
@@ -204,23 +232,50 @@ package struct Planner {
   /// The best of `orders`, of each direction for itself: they follow one another.
   private mutating func pairwise(_ size: Int, _ volumes: Volumes, _ moving: RowsBetween) -> Choice {
     let groups = Groups(workers: cluster.workers, size: size)
+    plays -= playsOfCosts(groups)
     return pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
+  }
+
+  /// Whether groups of `size` take no more than one part in `parts` of the plays that are left.
+  private func isAffordable(_ size: Int, _ volumes: Volumes, _ parts: Int) -> Bool {
+    let groups = Groups(workers: cluster.workers, size: size)
+    return parts * (playsOfCosts(groups) + plays(of: Planner.orders(volumes), groups, volumes)) < plays
+  }
+  private func playsOfCosts(_ groups: Groups) -> Int {
+    Planner.playsEach + (simulator.knows(groups) ? 0 : groups.count * traffic.experts)
+  }
+  private func plays(of orders: [Order], _ groups: Groups, _ volumes: Volumes) -> Int {
+    orders.count * (Planner.playsEach + 2 * cluster.workers * 3 * (groups.count + volumes.shadows.count))
   }
 
   private mutating func pairwise(_ costs: StepCosts, _ volumes: Volumes, _ orders: [Order]) -> Choice {
     let shadows = volumes.shadows.count
-    plays -= orders.count * (3 * costs.groups.count + 3 * shadows) * 2 * cluster.workers
+    plays -= plays(of: orders, costs.groups, volumes)
+    let slowdown = cluster.slowdown
     let forward = Planner.least(orders) {
-      costs.forward(
-        Steps.forward(costs.groups, shadows: shadows, $0).list, overlaps: true, slowdown: cluster.slowdown)
+      costs.forward(list(.forward, costs.groups, shadows, $0), overlaps: true, slowdown: slowdown)
     }
     let backward = Planner.least(orders) {
-      costs.backward(
-        Steps.backward(costs.groups, shadows: shadows, $0).list, overlaps: true, slowdown: cluster.slowdown)
+      costs.backward(list(.backward, costs.groups, shadows, $0), overlaps: true, slowdown: slowdown)
     }
     return Choice(
       plan: .pairwise(costs.groups, shadows: volumes.shadows, forward: forward.order, backward: backward.order),
       seconds: forward.seconds + backward.seconds, volumes: volumes, costs: costs)
+  }
+
+  private enum Trip: Int { case forward, backward }
+
+  /// The steps of a pairwise exchange: the same for all sets of so many shadows.
+  private mutating func list(_ trip: Trip, _ groups: Groups, _ shadows: Int, _ order: Order) -> PlayedSteps {
+    let key = ((groups.size * (traffic.experts + 1) + shadows) * Order.count + order.number) * 2 + trip.rawValue
+    if let list = lists[key] { return list }
+    let list =
+      switch trip {
+      case .forward: PlayedSteps(Steps.forward(groups, shadows: shadows, order).list)
+      case .backward: PlayedSteps(Steps.backward(groups, shadows: shadows, order).list)
+      }
+    lists[key] = list
+    return list
   }
 
   private static func least(_ orders: [Order], _ seconds: (Order) -> Seconds) -> (order: Order, seconds: Seconds) {
@@ -249,20 +304,21 @@ package struct Planner {
     if other.seconds < chosen.seconds { chosen = other }
   }
 
-  /// All divisors of W (of few workers every size), those that make two to four groups, and those of the places that workers share; not so small
-  /// that rounds are too many to play. The largest first: it has the fewest steps.
+  /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small that
+  /// rounds are too many to play. The largest first: it has the fewest steps. Then, of few workers, all others.
   private func groupSizes(_ request: PlanRequest) -> [Int] {
     let workers = cluster.workers
     guard request.schedule != .coarse else { return [] }
     guard request.groupSize == 0 else { return [min(request.groupSize, workers)] }
-    var sizes = Set((1...workers).filter { workers % $0 == 0 || workers <= Planner.fewWorkers })
+    var sizes = Set((1...workers).filter { workers % $0 == 0 })
     for groups in 2...4 where groups < workers { sizes.insert((workers + groups - 1) / groups) }
     for node in cluster.nodes where !node.seats.isEmpty { sizes.insert(node.seats.count) }
     let mostRounds = workers > Planner.manyWorkers ? Planner.manyWorkers / 2 : Planner.manyWorkers
-    return sizes.filter {
+    let playable = sizes.filter {
       let rounds = (workers + $0 - 1) / $0
       return rounds == 1 || (rounds <= mostRounds && rounds * traffic.experts <= Planner.mostOfRounds)
     }.sorted(by: >)
+    return workers <= Planner.fewWorkers ? playable + (1...workers).filter { !sizes.contains($0) } : playable
   }
 
   private static let manyWorkers = 64
@@ -270,7 +326,7 @@ package struct Planner {
   private static let fewWorkers = 8
 
   private func seconds(_ plan: Plan, _ costs: StepCosts) -> Seconds {
-    costs.forward(plan.forward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
-      + costs.backward(plan.backward, overlaps: plan.overlaps, slowdown: cluster.slowdown)
+    costs.forward(PlayedSteps(plan.forward), overlaps: plan.overlaps, slowdown: cluster.slowdown)
+      + costs.backward(PlayedSteps(plan.backward), overlaps: plan.overlaps, slowdown: cluster.slowdown)
   }
 }

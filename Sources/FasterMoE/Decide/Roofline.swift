@@ -57,8 +57,9 @@ package struct Volumes {
   private(set) package var shadowWeightSeconds: [Double] = []
   /// What all copies take one after the other, as every schedule moves them.
   package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
-  /// What they take on the hop of the ring that carries most.
+  /// What no schedule of them takes less than: one after the other or, of two workers, on the hop that carries most.
   package var leastCopying: Seconds {
+    guard cluster.workers == 2 else { return copying }
     var most = 0.0
     for (hop, cost) in cluster.ring.costs.enumerated() {
       most = max(most, Double(fetches(over: hop) * (fetchesAgain ? 2 : 1) + reduces(over: hop)) * cost.slowness)
@@ -191,9 +192,13 @@ package struct Volumes {
     return (there + back) * 2 + copying
   }
 
-  /// No schedule is faster than its busiest worker and its busiest link, which carries rows there and back.
-  package var leastForward: Seconds { max(busiest { rows, _ in rows }, linkForward) }
-  package var leastBackward: Seconds { max(busiest { $0 + $1 }, linkBackward) }
+  /// No schedule is faster than its busiest worker, its busiest link, which carries rows there and back, and its copies.
+  package var leastForward: Seconds { max(busiest { rows, _ in rows }, linkForward, inSeries(fetching)) }
+  package var leastBackward: Seconds {
+    max(busiest { $0 + $1 }, linkBackward, inSeries(fetchesAgain ? fetching + reducing : reducing))
+  }
+  /// Every worker but one sends in a copy, and every one but one receives: of three and more, some do so in any two.
+  private func inSeries(_ copies: Seconds) -> Seconds { cluster.workers > 2 ? copies : Seconds(0) }
   package var least: Seconds { leastForward + leastBackward }
   package var linkForward: Seconds { busiestLink { bothWays($0, $1, copies: fetches(over: $2)) } }
   package var linkBackward: Seconds {

@@ -147,6 +147,10 @@ package struct Order: Equatable, Sendable {
   package var shadows = Shadows.late
   package var rows = Rows.ownFirst
   package var returns = Returns.afterSends
+
+  /// Its own number for each order, below `count`.
+  var number: Int { (shadows == .early ? 1 : 0) + (rows == .ownLast ? 2 : 0) + (returns == .between ? 4 : 0) }
+  static let count = 8
 }
 
 extension Plan {

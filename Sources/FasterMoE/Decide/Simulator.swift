@@ -19,6 +19,9 @@ package struct Simulator {
     (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
   }
 
+  /// Whether the costs of such groups take O(rounds·E) less, as some of the same were asked for before.
+  package func knows(_ groups: Groups) -> Bool { roundSeconds[groups.size] != nil }
+
   /// What each step of any plan with these groups and shadows costs; `moving` are the rows that move then.
   /// O(W² + W·E + W·rounds).
   package mutating func costs(_ groups: Groups, _ volumes: Volumes, _ moving: RowsBetween) -> StepCosts {
@@ -185,10 +188,10 @@ package struct StepCosts {
     (self.leastForward, self.leastBackward) = (leastForward, leastBackward)
   }
 
-  package func forward(_ steps: [Step], overlaps: Bool, slowdown: Double) -> Seconds {
-    max(leastForward, Timeline(steps, self, overlaps: overlaps, slowdown: slowdown, keeping: .needed).end)
+  package func forward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double) -> Seconds {
+    max(leastForward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown))
   }
-  package func backward(_ steps: [Step], overlaps: Bool, slowdown: Double) -> Seconds {
-    max(leastBackward, Timeline(steps, self, overlaps: overlaps, slowdown: slowdown, keeping: .needed).end)
+  package func backward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double) -> Seconds {
+    max(leastBackward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown))
   }
 }
