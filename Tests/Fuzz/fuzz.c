@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-void give_up(void) {
+void end_run(void) {
   static atomic_flag given = ATOMIC_FLAG_INIT;
   if (!atomic_flag_test_and_set(&given)) abort();
   for (;;) pause();

@@ -14,7 +14,7 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 /* Ends the run; the driver keeps the input.  Once: what other ranks find then would end the driver before it has. */
-_Noreturn void give_up(void);
+_Noreturn void end_run(void);
 
 /* A rule that does not hold. */
 #define DEMAND(condition, ...)                                                     \
@@ -22,7 +22,7 @@ _Noreturn void give_up(void);
     if (!(condition)) {                                                            \
       fprintf(stderr, "%s:%d: does not hold: %s: ", __FILE__, __LINE__, #condition); \
       fprintf(stderr, __VA_ARGS__), fputc('\n', stderr);                           \
-      give_up();                                                                   \
+      end_run();                                                                   \
     }                                                                              \
   } while (0)
 

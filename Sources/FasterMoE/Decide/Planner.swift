@@ -124,8 +124,8 @@ package struct Planner {
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step.
-  private static let share = 0.005
-  private static let secondsEach = Seconds(2e-8)
+  private static let share = 0.01
+  private static let secondsEach = Seconds(1e-8)
   /// Some 40 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
   private static let fewestPlays = 1 << 11
   /// Some seconds, however long a step is.
@@ -188,7 +188,7 @@ package struct Planner {
         at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
     }
     for (set, volumes, moving, sizes, _) in tried {
-      for size in all where !sizes.contains(size) && isAffordable(size, volumes, 2) && !isEnough(set) {
+      for size in all where !sizes.contains(size) && isAffordable(size, volumes, 1) && !isEnough(set) {
         choose(pairwise(size, volumes, moving))
       }
     }
