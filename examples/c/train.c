@@ -12,15 +12,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
 
+#include "diary.h"
 #include "flags.h"
 #include "gpt.h"
 #include "routing.h"
 #include "text.h"
 
-/* ---- time and signals ---------------------------------------------------------------------------- */
+/* ---- signals ------------------------------------------------------------------------------------- */
 static volatile sig_atomic_t interrupted;
 
 static void interrupt(int signal) {
@@ -33,12 +32,6 @@ static void listen(void) { /* the first signal asks, the second ends the program
   sigemptyset(&action.sa_mask);
   sigaction(SIGINT, &action, NULL);
   sigaction(SIGTERM, &action, NULL);
-}
-
-static double now(void) { /* seconds */
-  struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
 /* ---- training -------------------------------------------------------------------------------------- */
@@ -58,7 +51,7 @@ typedef struct training {
   int32_t *line;             /* the prompt, and room for the sample behind it */
   int prompt;                /* characters of the prompt */
   int speaks;                /* rank 0 does */
-  FILE *log, *plan_log;
+  diary diary;               /* rank 0's */
   routing_file record, replay; /* rank 0's */
   float *routing;              /* of the replayed step: 1 if it failed, then for each layer choices and weights [n, k] of all */
   int32_t *choices;            /* [layers, n, k] */
@@ -133,14 +126,6 @@ static double learning_rate(int step, double progress) {
 }
 
 static const double DECAY = 1; /* strong: a short text is read a dozen times, and is not to be known by heart */
-
-static void log_plans(const training *t) {
-  for (int layer = 0; t->plan_log && layer < flags.layers; layer++) {
-    gpt_plan plan = gpt_plan_of(t->model, layer);
-    fprintf(t->plan_log, "%d,%d,%d,%d,%.6g,%.6g\n", t->step + 1, layer, plan.shadows, plan.group_size, plan.predicted,
-            plan.measured);
-  }
-}
 
 /* ---- routing to a file and back: rank 0 has the file, the others hear of it by sums with zeros ---------------------- */
 static int64_t slots(const training *t) { return (int64_t)flags.batch * flags.context * gpt_top_k(t->model); }
@@ -223,12 +208,8 @@ static fmoe_status record(training *t) {
 }
 
 static fmoe_status learn(training *t) {
-  int terminal = isatty(STDOUT_FILENO);
-  double flops = gpt_flops_per_token(t->model, flags.context), tokens = (double)flags.batch * flags.context;
-  double shown = t->start = now(), sum = 0, load = 0;
-  int since = 0; /* steps since the last line was shown */
-  char workers[32] = "";
-  if (t->peers->size > 1) snprintf(workers, sizeof workers, "  %d workers", t->peers->size);
+  t->start = now();
+  diary_start(&t->diary, t->model, t->peers->size, t->start);
   for (int last = 0; !last;) {
     gpt_loss loss;
     adamw how = {.beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-8, .decay = DECAY, .clip = 1};
@@ -238,53 +219,23 @@ static fmoe_status learn(training *t) {
     TRY(gpt_forward(t->model, t->tokens, t->targets, flags.batch, flags.context, &loss));
     if (flags.record) TRY(record(t));
     TRY(gpt_backward(t->model));
-    log_plans(t);
+    diary_plans(&t->diary, t->model, t->step + 1);
     TRY(gpt_update(t->model, &how, NULL));
     t->step++;
-    since++;
-    sum += loss.mean;
-    load += loss.load;
 
     TRY(agree_on_time(t));
     last = progress(t) >= 1 || t->step == flags.until || t->step == t->end;
     int looks = last || (flags.eval_every > 0 && t->step % flags.eval_every == 0);
     double time = now(); /* of a step, without looking at the held-out text */
-    if (looks && !flags.replay) TRY(evaluate(t));
-    if (t->speaks && (looks || time - shown > (terminal ? 1 : 5))) {
-      double rate = since * tokens / (time - shown);
-      char held_out[16] = "  -  ";
-      if (!isnan(t->held_out)) snprintf(held_out, sizeof held_out, "%.3f", t->held_out);
-      printf("%sstep %5d  loss %.3f  held out %s  %5.1f k tokens/s  %4.0f GFLOP/s  balance %.2f%s  %4.0f s%s",
-             terminal ? "\r" : "", t->step, sum / since, held_out, rate / 1e3, rate * flops / 1e9, load / since,
-             workers, time - t->start, terminal && !looks ? "" : "\n");
-      fflush(stdout);
-      shown = now();
-      sum = load = since = 0;
-    }
-    if (t->log) {
-      fprintf(t->log, "%d,%.3f,%.0f,%.6f,", t->step, time - t->start, t->step * tokens, loss.mean);
-      if (looks && !flags.replay) fprintf(t->log, "%.6f", t->held_out);
-      fprintf(t->log, ",%.4f\n", loss.load);
-    }
+    int evaluates = looks && !flags.replay;
+    if (evaluates) TRY(evaluate(t));
+    if (t->speaks) diary_step(&t->diary, t->step, time, &loss, t->held_out, looks, evaluates);
     if (looks && flags.save) TRY(gpt_save(t->model, flags.save, (gpt_place){t->step, t->random}));
   }
   return FMOE_OK;
 }
 
 /* ---- before and after -------------------------------------------------------------------------------- */
-static void introduce(const training *t) {
-  double active, all = gpt_parameters(t->model, &active);
-  printf("text: %lld characters to learn, %lld held out, %lld left out as quotations; %d symbols\n",
-         (long long)learnt.train_size, (long long)learnt.held_out_size, (long long)learnt.left_out, learnt.vocab);
-  printf("model: %d layers of width %d with %d heads and %d experts of hidden width %d, context %d\n", flags.layers,
-         flags.width, flags.heads, flags.experts, flags.hidden, flags.context);
-  printf("parameters: %.2f million, %.2f million of them active for a character; %.1f Mflop per character\n", all / 1e6,
-         active / 1e6, gpt_flops_per_token(t->model, flags.context) / 1e6);
-  printf("to beat: %.3f nats per held-out character, its unigram entropy under the training part's frequencies\n\n",
-         text_unigram_entropy(&learnt));
-  fflush(stdout);
-}
-
 static fmoe_status write_sample(training *t) {
   int length = t->prompt;
   if (t->speaks) printf("\n--- the prompt, and after the bar what the model makes of it ---\n");
@@ -317,7 +268,7 @@ static fmoe_status run(training *t, int threads) {
   }
   TRY(open_routing(t));
   if (flags.plan_log) TRY(gpt_calibrate(t->model, 1));
-  if (t->speaks) introduce(t);
+  if (t->speaks) diary_introduce(t->model, &learnt);
   if (t->speaks && t->step > 0) printf("resumed after step %d\n", t->step);
   TRY(learn(t));
   if (t->speaks && routing_close(&t->record) != 0) return say(t, &t->record);
@@ -332,7 +283,7 @@ static fmoe_status run(training *t, int threads) {
   return flags.sample > 0 ? write_sample(t) : FMOE_OK;
 }
 
-/* Memory, prompt and log. */
+/* Memory, prompt and diary. */
 static fmoe_status prepare(training *t, char *error) {
   size_t batch = (size_t)flags.batch * (size_t)flags.context * sizeof(int32_t);
   enum { BEGINNING = 64 }; /* so much of the held-out text is the prompt, if there is no other */
@@ -348,14 +299,7 @@ static fmoe_status prepare(training *t, char *error) {
   while (!flags.prompt && t->prompt > 1 && learnt.byte_of[t->line[t->prompt - 1]] != ' ') t->prompt--; /* whole words */
   if (t->speaks && flags.save && mkdir(flags.save, 0777) != 0 && errno != EEXIST)
     return refuse(FMOE_ERROR_FILE, error, "%s cannot be made", flags.save);
-  if (!t->speaks) return FMOE_OK;
-  if (flags.log && !(t->log = fopen(flags.log, "w")))
-    return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.log);
-  if (t->log) fprintf(t->log, "step,seconds,tokens,loss,held_out_loss,balance\n");
-  if (flags.plan_log && !(t->plan_log = fopen(flags.plan_log, "w")))
-    return refuse(FMOE_ERROR_FILE, error, "%s cannot be written", flags.plan_log);
-  if (t->plan_log) fprintf(t->plan_log, "step,layer,shadows,group_size,predicted_seconds,measured_seconds\n");
-  return FMOE_OK;
+  return t->speaks ? diary_open(&t->diary, error) : FMOE_OK;
 }
 
 fmoe_status train(const peers *with, int threads, char *error) {
@@ -365,8 +309,7 @@ fmoe_status train(const peers *with, int threads, char *error) {
     refuse(status, error, "%s", t.why ? t.why : gpt_last_error());
   routing_close(&t.record), routing_close(&t.replay);
   free(t.routing), free(t.choices);
-  if (t.log) fclose(t.log);
-  if (t.plan_log) fclose(t.plan_log);
+  diary_close(&t.diary);
   gpt_destroy(t.model);
   free(t.line);
   free(t.targets);
