@@ -5,17 +5,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "batch.h"
+#include "check.h"
+#include "folder.h"
 
 enum { E_ = 4, D = 6, H = 5 };
-static char folder[] = "/tmp/fastermoe-XXXXXX";
-
-static const char *in_folder(const char *name) {
-  static char path[100];
-  snprintf(path, sizeof path, "%s/%s", folder, name);
-  return path;
-}
-
 static int python(const char *command) {
   char line[300];
   const char *which = getenv("PYTHON");
