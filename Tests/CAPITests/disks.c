@@ -1,5 +1,5 @@
-/* disks.c: paths that lead nowhere, disks that are full or shut, and a process that is killed while it saves: the old file is
- * as it was, or the new one is whole. */
+/* disks.c: paths that lead nowhere, disks that are full or shut, and a process that is killed while it saves: the old file
+ * is as it was, or the new one is whole. */
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
