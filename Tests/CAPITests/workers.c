@@ -1,51 +1,12 @@
 /* workers.c: several workers compute what one worker alone does on the whole batch, and what the oracle says.
  *
  * Ranks are threads, over the library's own memory (fmoe_group_create_local) and over a mailbox.  `workers small` is
- * for valgrind. */
-#include <math.h>
-#include <stdlib.h>
+ * for valgrind.  plans.c has passes with plans, wire.c what goes over a transport. */
 #include <string.h>
 
-#include "crew.h"
+#include "scene.h"
 
-static const uint64_t seed = 14142135;
-static int small;
-
-enum { LOCAL, MAILBOX, WAYS };
 static const char *const ways[WAYS] = {"local", "mailbox"};
-
-static crew *crew_of(int32_t ranks, int over_mailbox) {
-  return crew_create((crew_options){.ranks = ranks, .over_mailbox = over_mailbox});
-}
-
-/* Every request that was started has ended: none is forgotten with its memory. */
-static void check_ended(const crew *c) {
-  for (int32_t r = 0; c->mail && r < c->ranks; r++) {
-    mailbox_traffic t = mailbox_sent(c->mail, r);
-    CHECK(t.starts == t.ends, "rank %d: %lld requests started, %lld ended", r, (long long)t.starts, (long long)t.ends);
-  }
-}
-
-/* A layer of each rank, with the values of its part. */
-typedef struct seats {
-  spread *s;
-  fmoe_layer *layer[MOST_RANKS];
-} seats;
-
-static void make_layer(crew *c, int32_t rank, void *context) {
-  seats *all = context;
-  fmoe_tensors tensors = {.struct_size = sizeof tensors};
-  const oracle *o = all->s->part[rank];
-  all->layer[rank] = layer_of(c->groups[rank], o);
-  EXPECT(FMOE_OK, fmoe_layer_values(all->layer[rank], &tensors));
-  CHECK(tensors.local_experts == o->experts / c->ranks && tensors.first_expert == rank * tensors.local_experts,
-        "rank %d of %d has %d of %d experts from %d", rank, c->ranks, tensors.local_experts, (int)o->experts,
-        (int)tensors.first_expert);
-}
-
-static void layers_destroy(seats *all, int32_t ranks) {
-  for (int32_t r = 0; r < ranks; r++) fmoe_layer_destroy(all->layer[r]);
-}
 
 /* ---- against the oracle and against one worker alone --------------------------------------- */
 
@@ -146,33 +107,6 @@ static void test_against_oracle_and_alone(void) {
 }
 
 /* ---- one layer, one batch, in many ways ---------------------------------------------------- */
-
-typedef struct scene {
-  seats all;
-  spread *second;
-  batch got[MOST_RANKS];
-  int kind;
-} scene;
-
-static void run_scene(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  make_layer(c, rank, &at->all);
-  at->got[rank] = run(at->all.layer[rank], at->all.s->part[rank]);
-}
-
-static void check_scene(const char *what, const crew *c, scene *at, const batch *alone, int same_bits) {
-  for (int32_t r = 0; r < c->ranks; r++) {
-    const oracle *o = at->all.s->part[r];
-    check_routing(what, &at->got[r], o), check_batch(what, &at->got[r], o), check_gradients(what, &at->got[r], o);
-    if (alone) check_alone(what, at->all.s, r, &at->got[r], alone, same_bits);
-  }
-}
-
-static void end_scene(crew *c, scene *at) {
-  for (int32_t r = 0; r < c->ranks; r++) batch_free(&at->got[r]);
-  layers_destroy(&at->all, c->ranks);
-  check_ended(c);
-}
 
 /* More rows than an expert's block holds, more bytes between two ranks than a message does; two threads each. */
 static void test_large(void) {
@@ -403,211 +337,6 @@ static void test_initial_values(void) {
   crew_destroy(lone);
 }
 
-/* ---- plans --------------------------------------------------------------------------------- */
-
-/* The same batch with no plan, the default plan and a named one: the same bits. */
-static void run_plans(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  const fmoe_plan_options plain = {.struct_size = sizeof plain, .shadowing = 1, .schedule = 1};
-  make_layer(c, rank, &at->all);
-  fmoe_layer *layer = at->all.layer[rank];
-  batch unplanned = run(layer, at->all.s->part[rank]);
-  check_batch("plan", &unplanned, unplanned.o);
-  for (int plan = 0; plan < 2; plan++) {
-    batch b = batch_of(at->all.s->part[rank], layer);
-    EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
-    begin(&b, layer);
-    EXPECT(FMOE_OK, fmoe_plan(b.pass, plan ? &plain : NULL, NULL));
-    forward(&b), backward(&b);
-    EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer));
-    read_gradients(&b, layer);
-    check_bits("a plan of no shadows changes no bit", &b, &unplanned);
-    batch_free(&b);
-  }
-  batch_free(&unplanned);
-}
-
-/* Any schedule, any set of shadows and any group size: the same outputs bit for bit, gradients to rounding. */
-static void run_any_plan(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  const oracle *o = at->all.s->part[rank];
-  uint8_t shadows[64];
-  uint64_t dice = seed; /* the same on all ranks */
-  make_layer(c, rank, &at->all);
-  fmoe_layer *layer = at->all.layer[rank];
-  batch unplanned = run(layer, o);
-  for (int turn = 0; turn < (small ? 6 : 14); turn++) {
-    /* None, the first (which is hot), all, all fetched again for backward, then any. */
-    for (int64_t e = 0; e < o->experts; e++)
-      shadows[e] = turn < 4 ? turn >= 2 && (turn == 3 || e == 0) : uniform(&dice) < 0.4;
-    fmoe_plan_options plan = {.struct_size = sizeof plan, .shadowing = turn == 4 || turn == 5 ? 4 : 2, .shadows = shadows,
-                              .schedule = turn % 2 ? 2 : (int32_t)(uniform(&dice) * 3),
-                              .group_size = (int32_t)(uniform(&dice) * (c->ranks + 1))};
-    batch b = batch_of(o, layer);
-    EXPECT(FMOE_OK, fmoe_layer_zero_gradients(layer));
-    begin(&b, layer);
-    EXPECT(FMOE_OK, fmoe_plan(b.pass, &plan, NULL));
-    forward(&b), backward(&b);
-    EXPECT(FMOE_OK, fmoe_layer_reduce_gradients(layer));
-    read_gradients(&b, layer);
-    check_batch("any plan", &b, o);
-    CHECK(!o->tokens || !memcmp(b.y, unplanned.y, (size_t)(o->tokens * o->model) * sizeof *b.y),
-          "outputs change with schedule %d, groups of %d, turn %d", plan.schedule, plan.group_size, turn);
-    batch_free(&b);
-  }
-  batch_free(&unplanned);
-}
-
-static void test_any_plan(void) {
-  static const int64_t even[8] = {20, 20, 20, 20, 20, 20, 20, 20}, uneven[8] = {90, 0, 31, 1, 7, 0, 15, 64};
-  for (int32_t ranks = 1; ranks <= (small ? 2 : 8); ranks *= 2)
-    for (int way = 0; way < WAYS; way++)
-      for (int routing = 0; routing < ROUTINGS; routing++)
-        for (int gated = 0; gated < 2; gated++) {
-          const shape shape = {.k = 2, .E = 8, .d = 36, .h = 20, .activation = gated ? FMOE_SWIGLU : FMOE_GELU};
-          crew *c = crew_of(ranks, way);
-          scene at = {.all.s = spread_create(ranks, routing % 2 ? uneven : even, routing, shape, seed)};
-          crew_run(c, run_any_plan, &at);
-          layers_destroy(&at.all, ranks);
-          spread_destroy(at.all.s);
-          check_ended(c), crew_destroy(c);
-        }
-}
-
-/* A report, for which links must have been measured; the plan can be made without it. */
-static void run_report(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  fmoe_plan_report report = {.struct_size = sizeof report};
-  batch b = batch_of(at->all.s->part[rank], at->all.layer[rank]);
-  begin(&b, at->all.layer[rank]);
-  if (c->mail) {
-    EXPECT(FMOE_ERROR_UNSUPPORTED, fmoe_plan(b.pass, NULL, &report));
-    EXPECT(FMOE_OK, fmoe_plan(b.pass, NULL, NULL));
-  } else if (EXPECT(FMOE_OK, fmoe_plan(b.pass, NULL, &report))) {
-    CHECK(report.shadows == 0 && report.seconds_planned > 0 && report.seconds_planned <= report.seconds_plain &&
-              report.seconds_ideal <= report.seconds_planned && report.flops_per_worker > 0,
-          "a report: %d shadows, %g of %g s, ideally %g, %g flop/s", report.shadows, report.seconds_planned,
-          report.seconds_plain, report.seconds_ideal, report.flops_per_worker);
-  }
-  forward(&b);
-  check_close("after a report", "y", b.y, b.o->y, b.o->tokens * b.o->model);
-  batch_free(&b);
-}
-
-static void test_plans(void) {
-  static const int64_t tokens[2] = {20, 31};
-  const shape shape = {.k = 2, .E = 4, .d = 12, .h = 20, .activation = FMOE_GELU};
-  for (int way = 0; way < WAYS; way++) {
-    crew *c = crew_of(2, way);
-    scene at = {.all.s = spread_create(2, tokens, GATED, shape, seed)};
-    crew_run(c, run_plans, &at);
-    if (!small) crew_run(c, run_report, &at); /* measures speeds, for which valgrind is too slow */
-    layers_destroy(&at.all, 2);
-    spread_destroy(at.all.s);
-    check_ended(c), crew_destroy(c);
-  }
-}
-
-/* ---- bytes on the wire --------------------------------------------------------------------- */
-
-enum { ROUTE_CALL, PLAN_CALL, FORWARD_CALL, BACKWARD_CALL, CALLS };
-static const char *const call_names[CALLS] = {"route", "plan", "forward", "backward"};
-
-static void run_call(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  batch *b = &at->got[rank];
-  if (!b->block) make_layer(c, rank, &at->all), *b = batch_of(at->all.s->part[rank], at->all.layer[rank]);
-  else if (at->kind == ROUTE_CALL) begin(b, at->all.layer[rank]);
-  else if (at->kind == PLAN_CALL) EXPECT(FMOE_OK, fmoe_plan(b->pass, NULL, NULL));
-  else if (at->kind == FORWARD_CALL) forward(b);
-  else backward(b), read_gradients(b, at->all.layer[rank]);
-}
-
-static mailbox_traffic sent_by_all(const crew *c) {
-  mailbox_traffic sum = {0, 0, 0, 0, 0, 0};
-  for (int32_t r = 0; r < c->ranks; r++) {
-    mailbox_traffic t = mailbox_sent(c->mail, r);
-    sum.messages += t.messages, sum.bytes += t.bytes;
-    sum.small_messages += t.small_messages, sum.small_bytes += t.small_bytes;
-  }
-  return sum;
-}
-
-static int64_t remote_rows(const spread *s) {
-  int64_t rows = 0, local = s->part[0]->experts / s->ranks;
-  for (int32_t r = 0; r < s->ranks; r++)
-    for (int64_t slot = 0; slot < s->part[r]->tokens * s->part[r]->choices; slot++)
-      rows += s->part[r]->choice[slot] >= 0 && s->part[r]->choice[slot] / local != r;
-  return rows;
-}
-
-/* Rows that leave their rank go once to their expert and once back, in forward as in backward, and nothing else but a
- * record or two between each two ranks and a row of counts: less in all than a single row of tokens, so that the number
- * of rows can be told. */
-static void test_bytes(void) {
-  static const int64_t tokens[4] = {20, 3, 0, 31};
-  for (int32_t ranks = 2; ranks <= (small ? 2 : 4); ranks *= 2)
-    for (int routing = BALANCED; routing < ROUTINGS; routing++) {
-      const int64_t E = 2 * ranks, d = ranks == 2 ? 256 : 1024, row = d * (int64_t)sizeof(float);
-      const int64_t bound = ranks * (ranks - 1) * (4 * E + 256); /* bytes of records in one call */
-      const shape shape = {.k = 2, .E = E, .d = d, .h = 3, .activation = FMOE_RELU};
-      crew *c = crew_of(ranks, 1);
-      scene at = {.all.s = spread_create(ranks, tokens, routing, shape, seed)};
-      int64_t rows = remote_rows(at.all.s);
-      CHECK(bound < row && rows > 0, "this test can tell rows from records");
-      crew_run(c, run_call, &at); /* no call yet: the layers */
-      for (at.kind = 0; at.kind < CALLS; at.kind++) {
-        mailbox_traffic before = sent_by_all(c), after;
-        crew_run(c, run_call, &at);
-        after = sent_by_all(c);
-        int64_t bytes = after.bytes - before.bytes;
-        int64_t data = at.kind == FORWARD_CALL || at.kind == BACKWARD_CALL ? 2 * rows * row : 0;
-        CHECK(bytes >= data && bytes <= data + bound,
-              "%s, W %d, %s: %lld bytes sent (%lld in %lld messages of up to %d), not %lld and up to %lld of records",
-              call_names[at.kind], ranks, routing_names[routing], (long long)bytes,
-              (long long)(after.small_bytes - before.small_bytes),
-              (long long)(after.small_messages - before.small_messages), SMALL_MESSAGE, (long long)data,
-              (long long)bound);
-      }
-      check_scene("bytes", c, &at, NULL, 0);
-      end_scene(c, &at);
-      spread_destroy(at.all.s);
-      crew_destroy(c);
-    }
-}
-
-/* ---- a transport's release ----------------------------------------------------------------- */
-
-static void take_pass(crew *c, int32_t rank, void *context) {
-  scene *at = context;
-  make_layer(c, rank, &at->all);
-  at->got[rank] = batch_of(at->all.s->part[rank], at->all.layer[rank]);
-  begin(&at->got[rank], at->all.layer[rank]);
-}
-
-/* Once, when the last of group, layer and pass is destroyed, in any order. */
-static void test_release(void) {
-  static const char orders[6][4] = {"glp", "gpl", "lgp", "lpg", "pgl", "plg"};
-  static const int64_t tokens[2] = {3, 4};
-  const shape shape = {.k = 1, .E = 2, .d = 4, .h = 4, .activation = FMOE_GELU};
-  for (int order = 0; order < 6; order++) {
-    crew *c = crew_of(2, 1);
-    scene at = {.all.s = spread_create(2, tokens, GATED, shape, seed)};
-    crew_run(c, take_pass, &at);
-    for (int32_t r = 0; r < 2; r++)
-      for (int i = 0; i < 3; i++) {
-        CHECK(mailbox_released(c->mail, r) == 0, "%s: released before %d", orders[order], i);
-        if (orders[order][i] == 'g') fmoe_group_destroy(c->groups[r]), c->groups[r] = NULL;
-        else if (orders[order][i] == 'l') fmoe_layer_destroy(at.all.layer[r]);
-        else batch_free(&at.got[r]);
-      }
-    for (int32_t r = 0; r < 2; r++)
-      CHECK(mailbox_released(c->mail, r) == 1, "%s: released %d times", orders[order], mailbox_released(c->mail, r));
-    spread_destroy(at.all.s);
-    crew_destroy(c);
-  }
-}
-
 #define RUN(test) (begin_test("workers: " #test, small ? 500 : 120), test())
 
 int main(int count, char **arguments) {
@@ -620,9 +349,5 @@ int main(int count, char **arguments) {
   RUN(test_passes_in_flight);
   RUN(test_two_layers);
   RUN(test_initial_values);
-  RUN(test_plans);
-  RUN(test_any_plan);
-  RUN(test_bytes);
-  RUN(test_release);
   return summary();
 }
