@@ -1,101 +1,18 @@
 /* memory.c: a step in its stride allocates nothing, a refused allocation is a status and no more, and nothing leaks.
  *
- * All of it on one worker alone and on two, over the library's own memory and over a mailbox.
- *
- * Every allocation of a small run, of any size, is refused too (`memory all`; without, some of them): where Swift's runtime
- * then ends the process, the checkpoint is whole.
- *
- * This program stands in front of the allocator: it counts, and it refuses on demand.  Every refusal gets a process of
- * its own (`memory refuse KIND I`), so that a crash is one failed check. */
-#include <errno.h>
-#include <malloc.h>
+ * All of it on one worker alone and on two, over the library's own memory and over a mailbox.  Every refusal gets a process
+ * of its own (`memory refuse KIND I`), so that a crash is one failed check.  What is refused here is large; starve.c refuses
+ * allocations of any size. */
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "allocator.h"
 #include "check.h"
 #include "oracle.h"
 #include "transports.h"
-
-/* ---- in front of the allocator ------------------------------------------------------------- */
-
-static const size_t large = 64 << 10; /* bytes: allocations from here on are refused; smaller ones kill any program */
-static atomic_llong allocations;      /* so far, by anyone in this process */
-static atomic_llong live_bytes;
-static atomic_int refusing;
-static atomic_int granted;            /* large allocations still to be granted while refusing */
-static atomic_int refused;
-static atomic_llong only = -1;        /* number among all allocations: this one is refused, whatever its size */
-
-void *__libc_malloc(size_t size);
-void *__libc_calloc(size_t count, size_t size);
-void *__libc_realloc(void *block, size_t size);
-void *__libc_memalign(size_t alignment, size_t size);
-void __libc_free(void *block);
-
-static int refuse(size_t size) {
-  if (atomic_fetch_add(&allocations, 1) == only) return atomic_fetch_add(&refused, 1), errno = ENOMEM, 1;
-  if (size < large || !refusing || atomic_fetch_sub(&granted, 1) > 0) return 0;
-  atomic_fetch_add(&refused, 1);
-  return errno = ENOMEM, 1;
-}
-
-static void *count_live(void *block) {
-  if (block) atomic_fetch_add(&live_bytes, (long long)malloc_usable_size(block));
-  return block;
-}
-
-void *malloc(size_t size) { return refuse(size) ? NULL : count_live(__libc_malloc(size)); }
-void *memalign(size_t alignment, size_t size) {
-  return refuse(size) ? NULL : count_live(__libc_memalign(alignment, size));
-}
-void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
-void *valloc(size_t size) { return memalign(4096, size); }
-
-void *calloc(size_t count, size_t size) {
-  size_t total = count > SIZE_MAX / (size + !size) ? SIZE_MAX : count * size;
-  return refuse(total) ? NULL : count_live(__libc_calloc(count, size));
-}
-
-void free(void *block) {
-  if (block) atomic_fetch_sub(&live_bytes, (long long)malloc_usable_size(block));
-  __libc_free(block);
-}
-
-void *realloc(void *block, size_t size) {
-  if (refuse(size)) return NULL;
-  long long before = block ? (long long)malloc_usable_size(block) : 0;
-  void *moved = __libc_realloc(block, size);
-  if (moved || !size) atomic_fetch_sub(&live_bytes, before);
-  return count_live(moved);
-}
-
-int posix_memalign(void **out, size_t alignment, size_t size) {
-  void *block = memalign(alignment, size);
-  return block ? *out = block, 0 : ENOMEM;
-}
-
-void *mmap(void *address, size_t size, int protection, int flags, int file, off_t offset) {
-  if (refuse(size)) return MAP_FAILED;
-  void *block = (void *)syscall(SYS_mmap, address, size, protection, flags, file, offset);
-  if (block != MAP_FAILED) atomic_fetch_add(&live_bytes, (long long)size);
-  return block;
-}
-
-void *mmap64(void *address, size_t size, int protection, int flags, int file, off64_t offset) {
-  return mmap(address, size, protection, flags, file, offset);
-}
-
-int munmap(void *address, size_t size) {
-  int status = (int)syscall(SYS_munmap, address, size);
-  if (!status) atomic_fetch_sub(&live_bytes, (long long)size);
-  return status;
-}
 
 /* ---- the ranks ----------------------------------------------------------------------------- */
 
@@ -310,126 +227,6 @@ static void test_refusals(int of_kind) {
   injected(what, first, "FMOE_ERROR_MEMORY, and with memory again the same bits; nothing leaks");
 }
 
-/* ---- every allocation, of any size --------------------------------------------------------- */
-
-/* Swift's runtime and standard library end a process that gets no memory for a few bytes; what the library itself asks
- * for is a status.  Either way nobody waits, and the file is the one that was there or the new one. */
-enum { NO_MEMORY_LEFT = 4, WRONG = 5 };
-static const fmoe_layer_options small_options = {.struct_size = sizeof small_options, .d_model = 64, .d_hidden = 32,
-                                                 .experts = 8, .seed = 5};
-
-/* A run as a host makes it: takes a checkpoint, makes a step, saves over it.  0, or who could not go on. */
-static int small_run(const char *path) {
-  static float x[16 * 64], y[16 * 64], grad[16 * 64];
-  const fmoe_group_options alone = {.struct_size = sizeof alone, .threads = 2, .bind = 1};
-  const fmoe_adamw_options adamw = {.struct_size = sizeof adamw, .learning_rate = 0.01};
-  fmoe_group *group = NULL;
-  fmoe_layer *layer = NULL;
-  fmoe_pass *pass = NULL;
-  memcpy(x, tokens, sizeof x);
-  fmoe_status status = fmoe_group_create_local(1, &alone, &group);
-  if (!status) status = fmoe_layer_create(group, &small_options, &layer);
-  if (!status && !access(path, F_OK)) status = fmoe_layer_load(layer, path);
-  if (!status) status = fmoe_gate(layer, x, 16, &pass);
-  if (!status) status = fmoe_plan(pass, NULL, NULL);
-  if (!status) status = fmoe_forward(pass, y);
-  if (!status) status = fmoe_backward(pass, x, grad, NULL);
-  if (!status) status = fmoe_layer_adamw(layer, &adamw);
-  if (!status) status = fmoe_layer_save(layer, path);
-  fmoe_pass_destroy(pass), fmoe_layer_destroy(layer), fmoe_group_destroy(group);
-  /* What hwloc or the system is refused may have another name. */
-  const int is_machine = status == FMOE_ERROR_MEMORY || status == FMOE_ERROR_TOPOLOGY || status == FMOE_ERROR_FILE;
-  return status == FMOE_OK ? 0 : is_machine && *fmoe_last_error() ? NO_MEMORY_LEFT : WRONG;
-}
-
-static void name_file(char *path, size_t room, pid_t of) { snprintf(path, room, "/tmp/fastermoe-each-%d", (int)of); }
-
-/* `memory each I`, in a process of its own: I below 0 refuses nothing and prints how many there are. */
-static int refuse_one(long long number) {
-  char path[60];
-  name_file(path, sizeof path, getppid());
-  alarm(30);
-  const long long first = allocations;
-  if (number >= 0) only = first + number;
-  const int result = small_run(path);
-  only = -1;
-  if (number < 0) printf("%lld\n", allocations - first), fflush(stdout);
-  return number >= 0 && !refused ? NEVER_REFUSED : result;
-}
-
-static long long run_one(long long number, int *status) { /* what it prints, if it refuses nothing */
-  char text[30], printed[30] = {0};
-  int ends[2];
-  snprintf(text, sizeof text, "%lld", number);
-  fflush(stdout);
-  if (pipe(ends)) abort();
-  pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], 1), close(ends[0]), close(ends[1]);
-    if (!freopen("/dev/null", "w", stderr)) _exit(127); /* a runtime that ends the process says so at length */
-    execl("/proc/self/exe", "memory", "each", text, (char *)NULL), _exit(127);
-  }
-  close(ends[1]);
-  for (size_t at = 0; at < sizeof printed - 1;) {
-    ssize_t more = read(ends[0], printed + at, sizeof printed - 1 - at);
-    if (more <= 0) break;
-    at += (size_t)more;
-  }
-  close(ends[0]);
-  if (child < 0 || waitpid(child, status, 0) != child) abort();
-  return atoll(printed);
-}
-
-static uint64_t file_hash(const char *path, size_t *size, void **copy) {
-  static unsigned char bytes[1 << 20];
-  uint64_t hash = 1;
-  FILE *f = fopen(path, "r");
-  *size = f ? fread(bytes, 1, sizeof bytes, f) : 0;
-  if (f) fclose(f);
-  for (size_t i = 0; i < *size; i++) hash = (hash ^ bytes[i]) * UINT64_C(1099511628211);
-  *copy = bytes;
-  return hash;
-}
-
-/* Every `every`-th of them.  ends[] counts: went on to the right end, a status, the process ended. */
-static void test_each(long long every) {
-  enum { RIGHT, STATUS, ENDED, KINDS_OF_END };
-  long long ends[KINDS_OF_END] = {0}, tried = 0, olds = 0, news = 0;
-  char path[60], command[100];
-  static unsigned char old_bytes[1 << 20];
-  void *bytes;
-  size_t old_size, size;
-  int status;
-  name_file(path, sizeof path, getpid());
-  snprintf(command, sizeof command, "rm -f %s*", path);
-  run_one(-1, &status); /* makes the file */
-  const uint64_t old = file_hash(path, &old_size, &bytes);
-  memcpy(old_bytes, bytes, old_size);
-  const long long count = run_one(-1, &status);
-  const uint64_t new = file_hash(path, &size, &bytes);
-  CHECK(count > 1000 && size == old_size && size < sizeof old_bytes && new != old, "%lld allocations, %zu bytes", count, size);
-  for (long long number = 0; number < count; number += every, tried++) {
-    FILE *f = fopen(path, "w");
-    if (!f || fwrite(old_bytes, 1, old_size, f) != old_size || fclose(f)) abort();
-    run_one(number, &status);
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-    /* The runtime says so and aborts, or fails in its tables of types. */
-    const int is_runtime = signal == SIGABRT || signal == SIGILL || signal == SIGTRAP || signal == SIGSEGV;
-    CHECK(code == 0 || code == NEVER_REFUSED || code == NO_MEMORY_LEFT || is_runtime,
-          "allocation %lld of %lld refused: exit %d, signal %d", number, count, code, signal);
-    ends[code == NO_MEMORY_LEFT ? STATUS : is_runtime ? ENDED : RIGHT]++;
-    const uint64_t left = file_hash(path, &size, &bytes);
-    CHECK(left == old || left == new, "allocation %lld of %lld refused: the file is lost", number, count);
-    CHECK(left == new || code != 0, "allocation %lld of %lld refused: all went well, and nothing was saved", number, count);
-    olds += left == old, news += left == new;
-  }
-  if (system(command)) abort();
-  char seen[200];
-  snprintf(seen, sizeof seen, "%lld times the run went on, %lld times a status said it, %lld times Swift's runtime or hwloc "
-           "ended the process at once; %lld old files, %lld new ones", ends[RIGHT], ends[STATUS], ends[ENDED], olds, news);
-  injected("one allocation of any size refused, in a run of load, step and save", tried, seen);
-}
-
 static void steady_steps(int32_t rank) {
   static const int64_t tokens_of_step[] = {N, N - 1, N / 3, 0, 1, N, 17};
   static long long before;
@@ -532,10 +329,8 @@ int main(int count, char **arguments) {
   uint64_t state = seed;
   for (int i = 0; i < N * D; i++) tokens[i] = (float)(2 * uniform(&state) - 1), grad_output[i] = (float)uniform(&state);
   for (int s = 0; s < N * K; s++) choices[s] = s % (E + 1) - 1, weights[s] = (float)uniform(&state);
-  if (count == 3) return refuse_one(atoll(arguments[2]));
   if (count == 4) return refuse_from(atoi(arguments[2]), atoi(arguments[3]));
   printf("memory: seed %llu\n", (unsigned long long)seed);
-  test_each(count == 2 && !strcmp(arguments[1], "all") ? 1 : 101);
   for (int k = ALONE; k < KINDS; k++) test_refusals(k), test_steady_state(k), test_no_leaks(k);
   return summary();
 }
