@@ -2,7 +2,7 @@
 #ifndef CREW_H
 #define CREW_H
 #include "batch.h"
-#include "transports.h"
+#include "mailbox.h"
 
 /* ---- the ranks ----------------------------------------------------------------------------- */
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "seat.h"
+#include "sockets.h"
 
 /* ---- one rank is lost ---------------------------------------------------------------------- */
 

@@ -11,8 +11,8 @@
 
 #include "allocator.h"
 #include "check.h"
+#include "mailbox.h"
 #include "oracle.h"
-#include "transports.h"
 
 /* ---- the ranks ----------------------------------------------------------------------------- */
 

@@ -1,12 +1,10 @@
-/* transports.h: two transports for tests.
+/* mailbox.h: a transport for tests that joins ranks that are threads of this process.
  *
- * A mailbox joins ranks that are threads of this process: it delays, reorders, fails and counts on demand, and checks
- * that its caller, the library, keeps the contract of fmoe_transport.  Sockets join processes, which may die. */
-#ifndef TRANSPORTS_H
-#define TRANSPORTS_H
+ * It delays, reorders, fails and counts on demand, and checks that its caller, the library, keeps the contract of
+ * fmoe_transport. */
+#ifndef MAILBOX_H
+#define MAILBOX_H
 #include "fastermoe.h"
-
-/* ---- mailbox ------------------------------------------------------------------------------- */
 
 enum { MOST_RANKS = 8, SMALL_MESSAGE = 1024 /* bytes: up to here a message counts as small */ };
 
@@ -40,13 +38,5 @@ typedef struct mailbox_traffic { /* of one rank, since the mailbox was made */
 int mailbox_failed(mailbox *m, int32_t rank); /* whether what mailbox_fail asked for has happened */
 mailbox_traffic mailbox_sent(mailbox *m, int32_t rank);
 int32_t mailbox_released(mailbox *m, int32_t rank); /* how often */
-
-/* ---- sockets ------------------------------------------------------------------------------- */
-
-typedef struct sockets sockets;
-sockets *sockets_create(int32_t ranks); /* before the ranks fork */
-fmoe_transport sockets_transport(sockets *s, int32_t rank); /* in the rank's own process; release closes and frees */
-void sockets_close(sockets *s);                             /* in a process that is no rank */
-void sockets_die(sockets *s, int64_t starts); /* this process kills itself at that start from now: 1 is the next */
 
 #endif
