@@ -71,7 +71,8 @@ func refuseNull(_ pointer: UnsafeMutablePointer<OpaquePointer?>?, _ name: Static
 }
 
 /// Reads a struct that begins with its `struct_size`: what an older, shorter one lacks is zero, and a newer, longer one
-/// must hold zeros where this version knows no fields.
+/// must hold zeros where this version knows no fields. No header makes a size that is not a multiple of its alignment: then
+/// the last field may be there in part, and is taken for missing.
 func readOptions<T>(_ given: UnsafePointer<T>?, _ name: StaticString, smallest: Int, zero: T) throws(Failure) -> T {
   guard let given else { return zero }
   let bytes = UnsafeRawPointer(given)
@@ -85,10 +86,9 @@ func readOptions<T>(_ given: UnsafePointer<T>?, _ name: StaticString, smallest: 
       throw Failure(.options, "\(name) has a field at byte \(offset) that this version does not know")
     }
   }
+  let whole = min(size, known) / MemoryLayout<T>.alignment * MemoryLayout<T>.alignment
   var options = zero
-  withUnsafeMutableBytes(of: &options) {
-    $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(size, known)))
-  }
+  withUnsafeMutableBytes(of: &options) { $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: whole)) }
   return options
 }
 

@@ -24,6 +24,10 @@ static void test_group_options(void) {
   older.struct_size = offsetof(fmoe_group_options, topology);
   older.topology = older.profile = (const char *)8;
   check_group(&older);
+  for (uint32_t part = 1; part < sizeof older.topology; part++) { /* half a pointer is none */
+    older.struct_size = (uint32_t)offsetof(fmoe_group_options, topology) + part;
+    check_group(&older);
+  }
   older.struct_size = 4, older.threads = -5;
   check_group(&older);
 
