@@ -108,12 +108,9 @@ static void test_plans(void) {
   }
 }
 
-#define RUN(test) (begin_test("plans: " #test, small ? 500 : 120), test())
-
 int main(int count, char **arguments) {
-  small = count > 1 && !strcmp(arguments[1], "small");
-  printf("plans: seed %llu\n", (unsigned long long)seed);
-  RUN(test_plans);
-  RUN(test_any_plan);
+  scene_begin("plans", count, arguments);
+  RUN("plans", test_plans);
+  RUN("plans", test_any_plan);
   return summary();
 }

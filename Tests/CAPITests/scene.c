@@ -1,6 +1,13 @@
 #include "scene.h"
 
+#include <string.h>
+
 int small;
+
+void scene_begin(const char *program, int count, char **arguments) {
+  small = count > 1 && !strcmp(arguments[1], "small");
+  printf("%s: seed %llu\n", program, (unsigned long long)seed);
+}
 
 crew *crew_of(int32_t ranks, int over_mailbox) {
   return crew_create((crew_options){.ranks = ranks, .over_mailbox = over_mailbox});

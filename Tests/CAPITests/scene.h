@@ -6,6 +6,10 @@
 static const uint64_t seed = 14142135;
 extern int small; /* for valgrind */
 
+/* Of main's arguments, the first may be `small`. */
+void scene_begin(const char *program, int count, char **arguments);
+#define RUN(program, test) (begin_test(program ": " #test, small ? 500 : 120), test())
+
 enum { LOCAL, MAILBOX, WAYS }; /* of joining ranks */
 crew *crew_of(int32_t ranks, int over_mailbox);
 

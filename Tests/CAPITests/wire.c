@@ -1,8 +1,6 @@
 /* wire.c: what the library asks of a transport: rows that must travel, once, little else, and one release.
  *
  * `wire small` is for valgrind. */
-#include <string.h>
-
 #include "scene.h"
 
 /* ---- bytes on the wire --------------------------------------------------------------------- */
@@ -105,12 +103,9 @@ static void test_release(void) {
   }
 }
 
-#define RUN(test) (begin_test("wire: " #test, small ? 500 : 120), test())
-
 int main(int count, char **arguments) {
-  small = count > 1 && !strcmp(arguments[1], "small");
-  printf("wire: seed %llu\n", (unsigned long long)seed);
-  RUN(test_bytes);
-  RUN(test_release);
+  scene_begin("wire", count, arguments);
+  RUN("wire", test_bytes);
+  RUN("wire", test_release);
   return summary();
 }

@@ -337,17 +337,14 @@ static void test_initial_values(void) {
   crew_destroy(lone);
 }
 
-#define RUN(test) (begin_test("workers: " #test, small ? 500 : 120), test())
-
 int main(int count, char **arguments) {
-  small = count > 1 && !strcmp(arguments[1], "small");
-  printf("workers: seed %llu\n", (unsigned long long)seed);
-  RUN(test_against_oracle_and_alone);
-  if (!small) RUN(test_large);
-  RUN(test_unruly_transports);
-  RUN(test_accumulation);
-  RUN(test_passes_in_flight);
-  RUN(test_two_layers);
-  RUN(test_initial_values);
+  scene_begin("workers", count, arguments);
+  RUN("workers", test_against_oracle_and_alone);
+  if (!small) RUN("workers", test_large);
+  RUN("workers", test_unruly_transports);
+  RUN("workers", test_accumulation);
+  RUN("workers", test_passes_in_flight);
+  RUN("workers", test_two_layers);
+  RUN("workers", test_initial_values);
   return summary();
 }
