@@ -21,6 +21,10 @@ let standalone = [
   "-lswiftSynchronization",
 ]
 
+// Allocations of the library and of the runtime in it go through Sources/CAPI/Allocation.swift.
+let wrapped = ["malloc", "calloc", "realloc", "posix_memalign", "_Znwm", "_ZnwmSt11align_val_t"]
+  .flatMap { ["-Xlinker", "--wrap=\($0)"] }
+
 let package = Package(
   name: "FasterMoE",
   // Products of a package cannot share a name: the tool is installed as `fastermoe`.
@@ -35,10 +39,10 @@ let package = Package(
     .systemLibrary(name: "CHints"),
     .target(name: "FasterMoE", dependencies: ["CHints", "CHwloc"], swiftSettings: core),
     .target(
-      name: "CAPI", dependencies: ["FasterMoE", "CFasterMoE"], exclude: ["exports.map"], swiftSettings: core,
+      name: "CAPI", dependencies: ["FasterMoE", "CFasterMoE", "CHints"], exclude: ["exports.map"], swiftSettings: core,
       linkerSettings: [
         .unsafeFlags(
-          standalone + [
+          standalone + wrapped + [
             "-Xlinker", "--version-script=\(Context.packageDirectory)/Sources/CAPI/exports.map",
             "-Xlinker", "-soname=libfastermoe.so.0", "-Xlinker", "-z", "-Xlinker", "nodelete",
           ])

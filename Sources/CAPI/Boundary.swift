@@ -5,8 +5,10 @@ import Glibc
 // Where C meets Swift: options of any age in, structs of any age out, failures into a status and a text, handles.
 
 /// Runs one call of the C interface and turns its failure into a status, the text kept for `fmoe_last_error`.
-func answer(_ call: () throws(Failure) -> Void) -> fmoe_status {
+/// A call that all ranks make together looks at the reserve when it can tell the others.
+func answer(together isTogether: Bool = false, _ call: () throws(Failure) -> Void) -> fmoe_status {
   do throws(Failure) {
+    if !isTogether { try Reserve.fill() }
     try call()
     return FMOE_OK
   } catch {
@@ -30,21 +32,32 @@ func answer(_ call: () throws(Failure) -> Void) -> fmoe_status {
 /// The text of each thread's latest failure, in memory that the thread's end gives back.
 enum LastError {
   private static let room = 1024
+  private static let none: StaticString = ""
+  /// In place of a text for which there is no memory.
+  private static let wordless: StaticString = "there is no memory left, not even for the text of this failure"
   private static let key: pthread_key_t = {
     var key = pthread_key_t()
-    pthread_key_create(&key) { free($0) }
+    pthread_key_create(&key) { if $0 != bytes(of: wordless) { free($0) } }
     return key
   }()
 
   static func set(_ message: String) { message.withCString { set($0) } }
 
   static func set(_ message: UnsafePointer<CChar>) {
-    guard let text = pthread_getspecific(key) ?? fresh() else { return }
+    guard let text = kept ?? fresh() else {
+      pthread_setspecific(key, bytes(of: wordless))
+      return
+    }
     strncpy(text.assumingMemoryBound(to: CChar.self), message, room - 1)
   }
 
   static var text: UnsafePointer<CChar> {
-    pthread_getspecific(key).map { UnsafePointer($0.assumingMemoryBound(to: CChar.self)) } ?? empty
+    UnsafePointer((pthread_getspecific(key) ?? bytes(of: none)).assumingMemoryBound(to: CChar.self))
+  }
+
+  private static var kept: UnsafeMutableRawPointer? {
+    let text = pthread_getspecific(key)
+    return text == bytes(of: wordless) ? nil : text
   }
 
   private static func fresh() -> UnsafeMutableRawPointer? {
@@ -52,14 +65,9 @@ enum LastError {
     pthread_setspecific(key, text)
     return text
   }
-}
 
-/// "" for as long as the process lives.
-private nonisolated(unsafe) let empty: UnsafePointer<CChar> = {
-  let text = UnsafeMutablePointer<CChar>.allocate(capacity: 1)
-  text.initialize(to: 0)
-  return UnsafePointer(text)
-}()
+  private static func bytes(of text: StaticString) -> UnsafeMutableRawPointer { .init(mutating: text.utf8Start) }
+}
 
 func require<T>(_ pointer: T?, _ name: StaticString) throws(Failure) -> T {
   guard let pointer else { throw Failure(.argument, "\(name) is NULL") }

@@ -47,7 +47,7 @@ public func fmoe_group_create(
   _ transport: UnsafePointer<fmoe_transport>!, _ options: UnsafePointer<fmoe_group_options>!,
   _ out: UnsafeMutablePointer<OpaquePointer?>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let transport = try HostTransport(transport)
     var given = Group.Options()
     let refused = failure { () throws(Failure) in
@@ -79,7 +79,7 @@ public func fmoe_group_create_local(
 
 @_cdecl("fmoe_group_calibrate") @implementation
 public func fmoe_group_calibrate(_ group: OpaquePointer!, _ seconds: Double) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let group: Group = try object(group, "group")
     try group.exclusively { () throws(Failure) in try group.calibrate(for: Seconds(seconds)) }
   }
@@ -96,7 +96,7 @@ public func fmoe_group_destroy(_ group: OpaquePointer!) {
 public func fmoe_layer_create(
   _ group: OpaquePointer!, _ options: UnsafePointer<fmoe_layer_options>!, _ out: UnsafeMutablePointer<OpaquePointer?>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let group: Group = try object(group, "group")
     let layer = try group.exclusively { () throws(Failure) in
       try Layer.together(group) { () throws(Failure) in
@@ -181,7 +181,7 @@ public func fmoe_layer_begin_gradients(_ layer: OpaquePointer!) -> fmoe_status {
 
 @_cdecl("fmoe_layer_reduce_gradients") @implementation
 public func fmoe_layer_reduce_gradients(_ layer: OpaquePointer!) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     try layer.group.exclusively { () throws(Failure) in try layer.reduceGradients() }
   }
@@ -198,7 +198,7 @@ public func fmoe_layer_adamw(_ layer: OpaquePointer!, _ options: UnsafePointer<f
 
 @_cdecl("fmoe_layer_save") @implementation
 public func fmoe_layer_save(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     try layer.group.exclusively { () throws(Failure) in try layer.save(to: path) }
   }
@@ -206,7 +206,7 @@ public func fmoe_layer_save(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar
 
 @_cdecl("fmoe_layer_load") @implementation
 public func fmoe_layer_load(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar>!) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     try layer.group.exclusively { () throws(Failure) in try layer.load(from: path) }
   }
@@ -218,7 +218,7 @@ public func fmoe_layer_load(_ layer: OpaquePointer!, _ path: UnsafePointer<CChar
 public func fmoe_gate(
   _ layer: OpaquePointer!, _ tokens: UnsafePointer<Float>!, _ n: Int64, _ out: UnsafeMutablePointer<OpaquePointer?>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
     let pass = try layer.group.exclusively { () throws(Failure) in
@@ -233,7 +233,7 @@ public func fmoe_route(
   _ layer: OpaquePointer!, _ tokens: UnsafePointer<Float>!, _ n: Int64, _ choices: UnsafePointer<Int32>!,
   _ weights: UnsafePointer<Float>!, _ out: UnsafeMutablePointer<OpaquePointer?>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let layer: Layer = try object(layer, "layer")
     let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
     let pass = try layer.group.exclusively { () throws(Failure) in
@@ -263,7 +263,7 @@ public func fmoe_plan(
   _ pass: OpaquePointer!, _ options: UnsafePointer<fmoe_plan_options>!,
   _ report: UnsafeMutablePointer<fmoe_plan_report>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let pass: Pass = try object(pass, "pass")
     var space = 0
     let plan = try pass.group.exclusively { () throws(Failure) in
@@ -286,7 +286,7 @@ private func cReport(_ plan: PlanReport) -> fmoe_plan_report {
 
 @_cdecl("fmoe_forward") @implementation
 public func fmoe_forward(_ pass: OpaquePointer!, _ output: UnsafeMutablePointer<Float>!) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let pass: Pass = try object(pass, "pass")
     try pass.group.exclusively { () throws(Failure) in try pass.forward(output) }
   }
@@ -297,7 +297,7 @@ public func fmoe_backward(
   _ pass: OpaquePointer!, _ grad_output: UnsafePointer<Float>!, _ grad_tokens: UnsafeMutablePointer<Float>!,
   _ grad_weights: UnsafeMutablePointer<Float>!
 ) -> fmoe_status {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let pass: Pass = try object(pass, "pass")
     try pass.group.exclusively { () throws(Failure) in
       try pass.backward(grad_output, gradTokens: grad_tokens, gradWeights: grad_weights)
@@ -327,7 +327,7 @@ public func fmoe_pass_destroy(_ pass: OpaquePointer!) {
 @_cdecl("fmoe_cluster_of_group") @implementation
 public func fmoe_cluster_of_group(_ group: OpaquePointer!, _ out: UnsafeMutablePointer<OpaquePointer?>!) -> fmoe_status
 {
-  answer { () throws(Failure) in
+  answer(together: true) { () throws(Failure) in
     let group: Group = try object(group, "group")
     let refused = failure { () throws(Failure) in try refuseNull(out, "out") }
     let cluster = try group.exclusively { () throws(Failure) in try group.cluster(refused: refused) }

@@ -97,3 +97,10 @@ static inline int hint_has_wide_vectors(void) {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+
+/* The system's own functions, in a library that is linked with --wrap. */
+#include <malloc.h>
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *block, size_t size);
+int __real_posix_memalign(void **out, size_t alignment, size_t size);

@@ -10,7 +10,15 @@ extern atomic_llong live_bytes;
  * program. */
 extern atomic_int refusing;
 extern atomic_int granted; /* large allocations still to be granted while refusing */
-extern atomic_llong only;  /* number among all allocations: this one is refused, whatever its size; -1: none */
+/* The number of an allocation, among all, with which `manner` of refusing begins, whatever its size; -1: none. */
+extern atomic_llong only;
+enum manner {
+  ONE,     /* it is refused */
+  LASTING, /* it and all that follow are, if the library asks */
+  DRY,     /* nothing is refused, but the system maps no more memory for this process */
+};
+extern enum manner manner;
 extern atomic_int refused;
+extern void (*on_hwloc)(void); /* called when hwloc is refused */
 
 #endif

@@ -1,8 +1,8 @@
-/* starve.c: every allocation of a small run, of any size, is refused (`starve all`; without, some of them).
+/* starve.c: memory runs out at every allocation of a small run, of any size (`starve all`; without, at some of them).
  *
- * Swift's runtime and standard library end a process that gets no memory for a few bytes; what the library itself asks for
- * is a status.  Either way nobody waits, and the file is the one that was there or the new one.  Each refusal gets a process
- * of its own (`starve each I`). */
+ * What the library and the Swift in it ask for in vain is a status sooner or later, never the end of the process; hwloc itself
+ * may end it.  Either way nobody waits, and the file is the one that was there or the new one.  Each refusal gets a process of
+ * its own (`starve MANNER I`). */
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +16,7 @@
 static const uint64_t seed = 27182818;
 
 enum { NEVER_REFUSED = 3, NO_MEMORY_LEFT, WRONG }; /* exit codes */
+static const char *const manners[] = {[ONE] = "one", [LASTING] = "lasting", [DRY] = "dry"};
 static const fmoe_layer_options small_options = {.struct_size = sizeof small_options, .d_model = 64, .d_hidden = 32,
                                                  .experts = 8, .seed = 5};
 
@@ -46,12 +47,24 @@ static int small_run(const char *path) {
 
 static void name_file(char *path, size_t room, pid_t of) { snprintf(path, room, "/tmp/fastermoe-each-%d", (int)of); }
 
-/* `starve each I`, in a process of its own: I below 0 refuses nothing and prints how many there are. */
-static int refuse_one(long long number) {
+static void tell_of_hwloc(void) {
+  if (write(1, "h", 1) != 1) abort();
+}
+
+/* So much of the stack is there, whatever the system refuses later. */
+__attribute__((noinline)) static void touch_stack(void) {
+  volatile char stack[256 << 10];
+  for (size_t i = 0; i < sizeof stack; i += 1024) stack[i] = 1;
+}
+
+/* `starve MANNER I`, in a process of its own: I below 0 refuses nothing and prints how many there are. */
+static int refuse_from(long long number) {
   char path[60];
+  touch_stack();
   name_file(path, sizeof path, getppid());
   alarm(30);
   const long long first = allocations;
+  on_hwloc = tell_of_hwloc;
   if (number >= 0) only = first + number;
   const int result = small_run(path);
   only = -1;
@@ -59,9 +72,14 @@ static int refuse_one(long long number) {
   return number >= 0 && !refused ? NEVER_REFUSED : result;
 }
 
-static long long run_one(long long number, int *status) { /* what it prints, if it refuses nothing */
+struct end {
+  int code, signal;
+  long long allocations; /* if it refuses nothing */
+  int is_hwloc;          /* what was refused */
+};
+static struct end run_one(enum manner how, long long number) {
   char text[30], printed[30] = {0};
-  int ends[2];
+  int ends[2], status;
   snprintf(text, sizeof text, "%lld", number);
   fflush(stdout);
   if (pipe(ends)) abort();
@@ -69,7 +87,7 @@ static long long run_one(long long number, int *status) { /* what it prints, if 
   if (child == 0) {
     dup2(ends[1], 1), close(ends[0]), close(ends[1]);
     if (!freopen("/dev/null", "w", stderr)) _exit(127); /* a runtime that ends the process says so at length */
-    execl("/proc/self/exe", "starve", "each", text, (char *)NULL), _exit(127);
+    execl("/proc/self/exe", "starve", manners[how], text, (char *)NULL), _exit(127);
   }
   close(ends[1]);
   for (size_t at = 0; at < sizeof printed - 1;) {
@@ -78,8 +96,9 @@ static long long run_one(long long number, int *status) { /* what it prints, if 
     at += (size_t)more;
   }
   close(ends[0]);
-  if (child < 0 || waitpid(child, status, 0) != child) abort();
-  return atoll(printed);
+  if (child < 0 || waitpid(child, &status, 0) != child) abort();
+  return (struct end){.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0,
+                      .allocations = atoll(printed), .is_hwloc = *printed == 'h'};
 }
 
 static uint64_t file_hash(const char *path, size_t *size, void **copy) {
@@ -93,43 +112,41 @@ static uint64_t file_hash(const char *path, size_t *size, void **copy) {
   return hash;
 }
 
-/* Every `every`-th of them.  ends[] counts: went on to the right end, a status, the process ended. */
-static void test_each(long long every) {
-  enum { RIGHT, STATUS, ENDED, KINDS_OF_END };
-  long long ends[KINDS_OF_END] = {0}, tried = 0, olds = 0, news = 0;
+/* At every `every`-th of them. */
+static void test_each(enum manner how, const char *what, long long every) {
+  long long went_on = 0, said = 0, ended = 0, tried = 0, olds = 0, news = 0;
   char path[60], command[100];
   static unsigned char old_bytes[1 << 20];
   void *bytes;
   size_t old_size, size;
-  int status;
   name_file(path, sizeof path, getpid());
   snprintf(command, sizeof command, "rm -f %s*", path);
-  run_one(-1, &status); /* makes the file */
+  run_one(how, -1); /* makes the file */
   const uint64_t old = file_hash(path, &old_size, &bytes);
   memcpy(old_bytes, bytes, old_size);
-  const long long count = run_one(-1, &status);
+  const long long count = run_one(how, -1).allocations;
   const uint64_t new = file_hash(path, &size, &bytes);
   CHECK(count > 1000 && size == old_size && size < sizeof old_bytes && new != old, "%lld allocations, %zu bytes", count, size);
   for (long long number = 0; number < count; number += every, tried++) {
     FILE *f = fopen(path, "w");
     if (!f || fwrite(old_bytes, 1, old_size, f) != old_size || fclose(f)) abort();
-    run_one(number, &status);
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-    /* The runtime says so and aborts, or fails in its tables of types. */
-    const int is_runtime = signal == SIGABRT || signal == SIGILL || signal == SIGTRAP || signal == SIGSEGV;
-    CHECK(code == 0 || code == NEVER_REFUSED || code == NO_MEMORY_LEFT || is_runtime,
-          "allocation %lld of %lld refused: exit %d, signal %d", number, count, code, signal);
-    ends[code == NO_MEMORY_LEFT ? STATUS : is_runtime ? ENDED : RIGHT]++;
+    const struct end end = run_one(how, number);
+    /* hwloc fails where it finds no memory, or in its assertions. */
+    const int is_ended = end.is_hwloc && (end.signal == SIGSEGV || end.signal == SIGABRT);
+    CHECK(end.code == 0 || end.code == NEVER_REFUSED || end.code == NO_MEMORY_LEFT || is_ended,
+          "%s, %lld of %lld: exit %d, signal %d", manners[how], number, count, end.code, end.signal);
+    ended += is_ended, said += end.code == NO_MEMORY_LEFT, went_on += end.code == 0 || end.code == NEVER_REFUSED;
     const uint64_t left = file_hash(path, &size, &bytes);
-    CHECK(left == old || left == new, "allocation %lld of %lld refused: the file is lost", number, count);
-    CHECK(left == new || code != 0, "allocation %lld of %lld refused: all went well, and nothing was saved", number, count);
+    CHECK(left == old || left == new, "%s, %lld of %lld: the file is lost", manners[how], number, count);
+    CHECK(left == new || end.code != 0, "%s, %lld of %lld: all went well, and nothing was saved", manners[how], number, count);
     olds += left == old, news += left == new;
   }
   if (system(command)) abort();
-  char seen[200];
-  snprintf(seen, sizeof seen, "%lld times the run went on, %lld times a status said it, %lld times Swift's runtime or hwloc "
-           "ended the process at once; %lld old files, %lld new ones", ends[RIGHT], ends[STATUS], ends[ENDED], olds, news);
-  injected("one allocation of any size refused, in a run of load, step and save", tried, seen);
+  char seen[200], by_hwloc[60] = "";
+  if (how == ONE) snprintf(by_hwloc, sizeof by_hwloc, ", %lld times hwloc ended the process", ended);
+  snprintf(seen, sizeof seen, "%lld times the run went on, %lld times a status said it%s; %lld old files, %lld new ones", went_on,
+           said, by_hwloc, olds, news);
+  injected(what, tried, seen);
 }
 
 int main(int count, char **arguments) {
@@ -137,8 +154,14 @@ int main(int count, char **arguments) {
   setvbuf(stdout, printing, _IOLBF, sizeof printing); /* else it is allocated in the middle of a run */
   uint64_t state = seed;
   for (size_t i = 0; i < sizeof x / sizeof *x; i++) x[i] = (float)(2 * uniform(&state) - 1);
-  if (count == 3) return refuse_one(atoll(arguments[2]));
+  if (count == 3) {
+    while (strcmp(manners[manner], arguments[1])) manner++;
+    return refuse_from(atoll(arguments[2]));
+  }
   printf("starve: seed %llu\n", (unsigned long long)seed);
-  test_each(count == 2 && !strcmp(arguments[1], "all") ? 1 : 101);
+  const int is_all = count == 2 && !strcmp(arguments[1], "all");
+  test_each(ONE, "one allocation of any size refused, in a run of load, step and save", is_all ? 1 : 101);
+  test_each(LASTING, "all the library's allocations from the i-th on refused", is_all ? 1 : 101);
+  test_each(DRY, "the system has no more memory from the i-th allocation on, hwloc's too", is_all ? 1 : 101);
   return summary();
 }

@@ -49,7 +49,9 @@ import Testing
     #expect(all.filter { $0.text.contains("import CHwloc") }.map(\.name) == ["Topology.swift"])
     #expect(all.filter { $0.text.contains("import Foundation") }.map(\.name) == ["Documents.swift"])
     let withHeader = all.filter { $0.text.contains("import CFasterMoE") }.map(\.name).sorted()
-    #expect(withHeader == Self.files("CAPI").map(\.name).sorted(), "C structs stay on the roof")
+    // What the library allocates by is no part of the interface.
+    let roof = Self.files("CAPI").map(\.name).filter { $0 != "Allocation.swift" }
+    #expect(withHeader == roof.sorted(), "C structs stay on the roof")
   }
 
   /// The tool stands beside the roof: on the library's own types, not on C's, and without a foreign library of its own.

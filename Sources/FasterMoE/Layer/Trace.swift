@@ -1,3 +1,5 @@
+import Glibc
+
 /// What ran when in a pass, beside what was expected, in Chrome's trace form: Perfetto and chrome://tracing open it.
 ///
 /// A rank is two processes, measured and predicted; a process has a thread for each lane. Pieces of one lane do not overlap.
@@ -167,6 +169,9 @@ package struct Trace: Encodable {
 
   private init() {}
 
+  /// What each entry of a recording may take on its way into a file, the plan's steps beside it; half of that was counted.
+  fileprivate static let roomBytes = 12 << 10
+
   private static func words(_ entry: Recording.Entry, _ pass: Pass) -> (words: String, category: Category) {
     let way =
       switch entry.peer {
@@ -325,6 +330,9 @@ extension Pass {
     guard stage == .forwarded || stage == .finished else {
       throw Failure(.stage, "there is no timeline yet: the pass has not gone forward")
     }
+    let entries = (0..<team.threads).reduce(recording.caller.entries.count) { $0 + recording.lane($1).entries.count }
+    let room = try Reserve.room(entries * Trace.roomBytes, for: "a timeline")
+    defer { free(room) }
     try Documents.write(Trace(self), to: path)
   }
 

@@ -12,6 +12,8 @@ package enum Documents {
   package static func read<Value: Codable>(_ type: Value.Type, from path: UnsafePointer<CChar>) throws(Failure) -> Value
   {
     let data = try bytes(of: path)
+    let room = try room(for: data)
+    defer { free(room) }
     do {
       let value = try decoder.decode(type, from: data)
       // What a value does not write back, it has not understood.
@@ -42,6 +44,8 @@ package enum Documents {
 
   /// A value as JSON, with a line's end.
   package static func text(of value: some Encodable) throws(Failure) -> [UInt8] {
+    let room = try Reserve.room(16 << 20, for: "a document")  // up to a megabyte of text
+    defer { free(room) }
     do { return Array(try encoder.encode(value)) + [UInt8(ascii: "\n")] } catch {
       throw Failure(.file, reason(of: error))
     }
@@ -52,7 +56,9 @@ package enum Documents {
     _ type: Value.Type, from text: UnsafeRawBufferPointer, in path: UnsafePointer<CChar>
   ) throws(Failure) -> Value {
     let data = Data(text)
-    do { return try decoder.decode(type, from: data) } catch {
+    let room = try room(for: data)
+    defer { free(room) }
+    do { return try decoder.decode(type, from: data) } catch let failure as Failure { throw failure } catch {
       var syntax = Syntax(data)
       throw Failure(.file, "\(String(cString: path)): \(syntax.complaint ?? reason(of: error))")
     }
@@ -77,6 +83,11 @@ package enum Documents {
   }
 
   private static let mostBytes = 256 << 20
+
+  /// Up to 40 bytes for each byte were counted.
+  private static func room(for text: Data) throws(Failure) -> UnsafeMutableRawPointer {
+    try Reserve.room(256 << 10 + 48 * text.count, for: "a document of \(text.count) bytes")
+  }
 
   private static func reason(of error: any Error) -> String {
     switch error {

@@ -42,6 +42,7 @@ package struct Notice: BitwiseCopyable {
     _ call: Call, _ own: Failure?, same: Same = .init(repeating: 0), words: Words = Words(),
     from entrance: Entrance = .host, with peers: any Peers, into all: UnsafeMutablePointer<Notice>
   ) throws(Failure) {
+    let own = own ?? failure(of: Reserve.fill)
     // In its place, where there are as many bytes behind it as an element of an array has.
     all[peers.rank] = Notice(call: call.rawValue, hasFailed: own == nil ? 0 : 1, same: same, words: words)
     do throws(Failure) {

@@ -227,6 +227,7 @@ package enum Safetensors {
     init(from decoder: any Decoder) throws {
       let members = try decoder.container(keyedBy: Key.self)
       for key in members.allKeys {
+        try Reserve.fill()
         if key.stringValue == "__metadata__" {
           metadata = try members.decode([String: String].self, forKey: key)
           continue
