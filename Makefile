@@ -15,8 +15,9 @@ LEVELS    := base $(if $(filter x86_64,$(ARCH)),wide)
 
 OUT       := $(CURDIR)/build
 STAGE     := $(OUT)/prefix
-SWIFT     := swift
-BUILD_FLAGS := -c release
+# The library has hwloc inside, where the system has it as an archive.
+HWLOC     := $(OUT)/hwloc
+SWIFT_BUILD := PKG_CONFIG_PATH=$(HWLOC):$$PKG_CONFIG_PATH swift build -c release
 PRODUCTS  := fastermoe fastermoe-tool
 LIBRARY   := libfastermoe.so
 # The tool, and beside the library the one for AVX-512, which the tool runs where it can.
@@ -50,13 +51,17 @@ $(OUT)/python/bin/python3:
 build: packages-build
 	@$(MAKE) --no-print-directory $(BUILT)
 
-$(BUILT): $(SOURCES) Makefile $(wildcard pkgconfig/*.in)
-	for p in $(PRODUCTS); do FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product $$p --scratch-path .build/base || exit 1; done
-	$(if $(filter wide,$(LEVELS)),for p in $(PRODUCTS); do FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product $$p --scratch-path .build/wide || exit 1; done)
+$(BUILT): $(SOURCES) $(HWLOC)/made Makefile $(wildcard pkgconfig/*.in)
+	for p in $(PRODUCTS); do FASTERMOE_CPU=$(BASE_CPU) $(SWIFT_BUILD) --product $$p --scratch-path .build/base || exit 1; done
+	$(if $(filter wide,$(LEVELS)),for p in $(PRODUCTS); do FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT_BUILD) --product $$p --scratch-path .build/wide || exit 1; done)
 	$(call place,$(OUT)/lib)
 	@mkdir -p $(OUT)/pkgconfig
 	$(call fill,$(OUT),$(OUT)/lib,$(CURDIR)/include,-Wl$(comma)-rpath$(comma)$${libdir}) pkgconfig/fastermoe.pc.in > $(OUT)/pkgconfig/fastermoe.pc
 	@touch $(BUILT)
+
+$(HWLOC)/made: packaging/hwloc.sh | packages-build
+	packaging/hwloc.sh $(HWLOC)
+	@touch $@
 
 comma := ,
 # place DIR: both levels of the library and their links.
@@ -109,8 +114,8 @@ test: packages-test stage | $(filter $(OUT)/%,$(PYTHON))
 fuzz: fuzz-library
 	$(MAKE) --no-print-directory -C Tests/Fuzz -j 2
 
-fuzz-library: packages-build
-	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product fastermoe --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \
+fuzz-library: packages-build $(HWLOC)/made
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT_BUILD) --product fastermoe --scratch-path .build/fuzz/library -Xswiftc -sanitize=address \
 	  -Xswiftc -sanitize-coverage=edge,trace-cmp,inline-8bit-counters,pc-table
 
 # Everything that can be made to fail, made to fail; some minutes. Prints a table.
@@ -151,14 +156,14 @@ bench-rows: packages-bench stage
 
 # Which kernels are fastest, by rows, sizes and threads: measured here for both CPU levels and written into the sources. The
 # speeds that decided go to build/choices-*.csv. Ten minutes of a machine that does nothing else.
-choices: packages-build
+choices: packages-build $(HWLOC)/made
 	@mkdir -p $(OUT)
-	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/base
-	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT) build $(BUILD_FLAGS) --product Choose --scratch-path .build/wide)
+	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT_BUILD) --product Choose --scratch-path .build/base
+	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT_BUILD) --product Choose --scratch-path .build/wide)
 	.build/base/release/Choose $(OUT)/choices-base.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesBase.swift
 	if grep -q avx512vl /proc/cpuinfo; then .build/wide/release/Choose $(OUT)/choices-wide.csv > $(OUT)/choices && \
 	  mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide.swift; fi
-	$(SWIFT) format -i Sources/FasterMoE/Ground/Choices*.swift
+	swift format -i Sources/FasterMoE/Ground/Choices*.swift
 
 # AdamW beside loops that move the same bytes.
 bench-adamw: packages-build stage
@@ -183,7 +188,7 @@ bench-paper: stage
 	$(STAGE)/bin/$(TOOL) paper Benchmarks/paper/models.json
 
 format:
-	$(SWIFT) format -i -r Sources Tests Package.swift
+	swift format -i -r Sources Tests Package.swift
 
 # docs/reference.md, from the header.
 docs:

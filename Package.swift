@@ -22,8 +22,9 @@ let standalone = [
 ]
 
 // Allocations of the library and of the runtime in it go through Sources/CAPI/Allocation.swift.
-let wrapped = ["malloc", "calloc", "realloc", "posix_memalign", "_Znwm", "_ZnwmSt11align_val_t"]
-  .flatMap { ["-Xlinker", "--wrap=\($0)"] }
+let wrapped = [
+  "malloc", "calloc", "realloc", "posix_memalign", "_Znwm", "_ZnwmSt11align_val_t", "__sched_cpualloc",
+].flatMap { ["-Xlinker", "--wrap=\($0)"] }
 
 let package = Package(
   name: "FasterMoE",

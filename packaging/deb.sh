@@ -63,6 +63,7 @@ package() {
     printf 'FasterMoE %s\n\nInside are the Swift runtime, its standard library and FoundationEssentials,\n' "${version%-*}"
     printf 'Copyright (c) 2014-2026 Apple Inc. and the Swift project authors,\n'
     printf 'Apache License 2.0 with Runtime Library Exception (/usr/share/common-licenses/Apache-2.0).\n'
+    [ ! -e build/hwloc/hwloc.pc ] || { printf '\nInside is hwloc, too:\n\n' && cat /usr/share/doc/libhwloc-dev/copyright; }
     if [ -e LICENSE ]; then printf '\nFasterMoE itself:\n\n' && cat LICENSE; else printf '\nOf FasterMoE itself no licence is stated.\n'; fi
   } >"$doc/copyright"
   {
@@ -105,7 +106,7 @@ printf 'activate-noawait ldconfig\n' >"$out/libfastermoe0/DEBIAN/triggers"
 [ -z "${tools:-}" ] || package fastermoe-tools science "$tools" "plan and measure mixture-of-experts training on CPUs" "$about
  .
  This package has the program fastermoe."
-package libfastermoe-dev libdevel "libfastermoe0 (= $version), libhwloc-dev" "mixture-of-experts layers on CPUs, for building with" "$about
+package libfastermoe-dev libdevel "libfastermoe0 (= $version)" "mixture-of-experts layers on CPUs, for building with" "$about
  .
  This package has the headers and what pkg-config and CMake need."
 package libfastermoe0 libs "$depends" "mixture-of-experts layers on CPUs" "$about"

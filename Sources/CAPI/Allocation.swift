@@ -47,3 +47,9 @@ public func allocateAlignedObject(_ size: Int, _ alignment: Int) -> UnsafeMutabl
   _ = allocateAligned(&block, max(alignment, MemoryLayout<Int>.size), size)
   return block
 }
+
+/// glibc's CPU_ALLOC, where hwloc takes no refusal; its CPU_FREE frees.
+@_cdecl("__wrap___sched_cpualloc")
+public func allocateProcessors(_ count: Int) -> UnsafeMutableRawPointer? {
+  allocate((count + UInt.bitWidth - 1) / UInt.bitWidth * MemoryLayout<UInt>.size)
+}

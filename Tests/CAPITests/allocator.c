@@ -17,7 +17,6 @@ atomic_llong allocations, live_bytes;
 atomic_int refusing, granted, refused;
 atomic_llong only = -1;
 enum manner manner;
-void (*on_hwloc)(void);
 
 void *__libc_malloc(size_t size);
 void *__libc_calloc(size_t count, size_t size);
@@ -35,17 +34,15 @@ static void dry_up(void) {
   refused = 1;
 }
 
-static int is_from(const char *library, const void *caller) {
+static int is_from_library(const void *caller) {
   Dl_info from;
-  return dladdr(caller, &from) && from.dli_fname && strstr(from.dli_fname, library);
+  return dladdr(caller, &from) && from.dli_fname && strstr(from.dli_fname, "libfastermoe");
 }
 
 static int is_refused(long long number, const void *caller) {
   if (only < 0 || number < only || (number > only && manner != LASTING)) return 0;
   if (manner == DRY) return dry_up(), 0;
-  if (manner == LASTING) return is_from("libfastermoe", caller);
-  if (on_hwloc && is_from("libhwloc", caller)) on_hwloc();
-  return 1;
+  return manner == ONE || is_from_library(caller);
 }
 
 static int refuse(size_t size, const void *caller) {

@@ -19,6 +19,5 @@ enum manner {
 };
 extern enum manner manner;
 extern atomic_int refused;
-extern void (*on_hwloc)(void); /* called when hwloc is refused */
 
 #endif

@@ -1,8 +1,7 @@
 /* starve.c: memory runs out at every allocation of a small run, of any size (`starve all`; without, at some of them).
  *
- * What the library and the Swift in it ask for in vain is a status sooner or later, never the end of the process; hwloc itself
- * may end it.  Either way nobody waits, and the file is the one that was there or the new one.  Each refusal gets a process of
- * its own (`starve MANNER I`). */
+ * What is asked for in vain is a status sooner or later, never the end of the process; nobody waits, and the file is the one that
+ * was there or the new one.  Each refusal gets a process of its own (`starve MANNER I`). */
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,10 +46,6 @@ static int small_run(const char *path) {
 
 static void name_file(char *path, size_t room, pid_t of) { snprintf(path, room, "/tmp/fastermoe-each-%d", (int)of); }
 
-static void tell_of_hwloc(void) {
-  if (write(1, "h", 1) != 1) abort();
-}
-
 /* So much of the stack is there, whatever the system refuses later. */
 __attribute__((noinline)) static void touch_stack(void) {
   volatile char stack[256 << 10];
@@ -64,7 +59,6 @@ static int refuse_from(long long number) {
   name_file(path, sizeof path, getppid());
   alarm(30);
   const long long first = allocations;
-  on_hwloc = tell_of_hwloc;
   if (number >= 0) only = first + number;
   const int result = small_run(path);
   only = -1;
@@ -75,7 +69,6 @@ static int refuse_from(long long number) {
 struct end {
   int code, signal;
   long long allocations; /* if it refuses nothing */
-  int is_hwloc;          /* what was refused */
 };
 static struct end run_one(enum manner how, long long number) {
   char text[30], printed[30] = {0};
@@ -98,7 +91,7 @@ static struct end run_one(enum manner how, long long number) {
   close(ends[0]);
   if (child < 0 || waitpid(child, &status, 0) != child) abort();
   return (struct end){.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0,
-                      .allocations = atoll(printed), .is_hwloc = *printed == 'h'};
+                      .allocations = atoll(printed)};
 }
 
 static uint64_t file_hash(const char *path, size_t *size, void **copy) {
@@ -114,7 +107,7 @@ static uint64_t file_hash(const char *path, size_t *size, void **copy) {
 
 /* At every `every`-th of them. */
 static void test_each(enum manner how, const char *what, long long every) {
-  long long went_on = 0, said = 0, ended = 0, tried = 0, olds = 0, news = 0;
+  long long went_on = 0, said = 0, tried = 0, olds = 0, news = 0;
   char path[60], command[100];
   static unsigned char old_bytes[1 << 20];
   void *bytes;
@@ -131,21 +124,18 @@ static void test_each(enum manner how, const char *what, long long every) {
     FILE *f = fopen(path, "w");
     if (!f || fwrite(old_bytes, 1, old_size, f) != old_size || fclose(f)) abort();
     const struct end end = run_one(how, number);
-    /* hwloc fails where it finds no memory, or in its assertions. */
-    const int is_ended = end.is_hwloc && (end.signal == SIGSEGV || end.signal == SIGABRT);
-    CHECK(end.code == 0 || end.code == NEVER_REFUSED || end.code == NO_MEMORY_LEFT || is_ended,
+    CHECK(end.code == 0 || end.code == NEVER_REFUSED || end.code == NO_MEMORY_LEFT,
           "%s, %lld of %lld: exit %d, signal %d", manners[how], number, count, end.code, end.signal);
-    ended += is_ended, said += end.code == NO_MEMORY_LEFT, went_on += end.code == 0 || end.code == NEVER_REFUSED;
+    said += end.code == NO_MEMORY_LEFT, went_on += end.code == 0 || end.code == NEVER_REFUSED;
     const uint64_t left = file_hash(path, &size, &bytes);
     CHECK(left == old || left == new, "%s, %lld of %lld: the file is lost", manners[how], number, count);
     CHECK(left == new || end.code != 0, "%s, %lld of %lld: all went well, and nothing was saved", manners[how], number, count);
     olds += left == old, news += left == new;
   }
   if (system(command)) abort();
-  char seen[200], by_hwloc[60] = "";
-  if (how == ONE) snprintf(by_hwloc, sizeof by_hwloc, ", %lld times hwloc ended the process", ended);
-  snprintf(seen, sizeof seen, "%lld times the run went on, %lld times a status said it%s; %lld old files, %lld new ones", went_on,
-           said, by_hwloc, olds, news);
+  char seen[200];
+  snprintf(seen, sizeof seen, "%lld times the run went on, %lld times a status said it; %lld old files, %lld new ones", went_on,
+           said, olds, news);
   injected(what, tried, seen);
 }
 
@@ -162,6 +152,6 @@ int main(int count, char **arguments) {
   const int is_all = count == 2 && !strcmp(arguments[1], "all");
   test_each(ONE, "one allocation of any size refused, in a run of load, step and save", is_all ? 1 : 101);
   test_each(LASTING, "all the library's allocations from the i-th on refused", is_all ? 1 : 101);
-  test_each(DRY, "the system has no more memory from the i-th allocation on, hwloc's too", is_all ? 1 : 101);
+  test_each(DRY, "the system has no more memory from the i-th allocation on", is_all ? 1 : 101);
   return summary();
 }

@@ -20,8 +20,11 @@ package final class Topology {
 
   /// Discovers this machine, or reads `description`: an hwloc synthetic string ("pack:2 core:4 pu:1") or an XML file.
   package init(description: UnsafePointer<CChar>? = nil) throws(Failure) {
-    let room = try Topology.room()
+    // hwloc does not end well where it gets no memory.
+    let processors = max(1, sysconf(Int32(_SC_NPROCESSORS_CONF)))
+    let room = try Reserve.room(2 << 20 + 16 << 10 * processors, for: "hwloc")
     defer { free(room) }
+    hwloc_share_variables()
     var made: hwloc_topology_t?
     guard hwloc_topology_init(&made) == 0, let made else { throw Failure(.memory, "hwloc cannot make a topology") }
     do throws(Failure) {
@@ -65,11 +68,6 @@ package final class Topology {
       return false
     }
     return hwloc_set_cpubind(handle, core.pointee.cpuset, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0
-  }
-
-  /// hwloc ends a process that gets no memory.
-  private static func room() throws(Failure) -> UnsafeMutableRawPointer {
-    try Reserve.room(2 << 20 + 16 << 10 * max(1, sysconf(Int32(_SC_NPROCESSORS_CONF))), for: "hwloc")
   }
 
   private static func load(_ handle: hwloc_topology_t, _ description: UnsafePointer<CChar>?) throws(Failure) {
