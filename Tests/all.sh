@@ -98,7 +98,7 @@ resumed() {
   rm -rf "$out/saved"
   export LD_LIBRARY_PATH=$prefix/lib
   for workers in 1 2; do
-    local run=("$out/train_gpt" --workers $workers --bias-step 0.01 --steps 40 --eval-every 10 --sample 20)
+    local run=("$out/train_gpt" --workers $workers --gate gshard --bias-step 0.01 --input-jitter 0.01 --steps 40 --eval-every 10 --sample 20)
     "${run[@]}" --save-log "$out/unbroken.csv" >"$out/unbroken.txt" &&
       "${run[@]}" --until 15 --save "$out/saved" --save-log "$out/first.csv" &&
       "${run[@]}" --resume "$out/saved" --save "$out/saved" --save-log "$out/second.csv" >"$out/second.txt" || return 1

@@ -161,8 +161,8 @@ enum { FMOE_GELU = 0, FMOE_GELU_TANH = 1, FMOE_RELU = 2, FMOE_SILU = 3, FMOE_SWI
  * scores alone.
  *
  * f counts choices before a capacity drops any or SWIPE moves any.  In evaluation (fmoe_layer_set_training) capacities are
- * twice as large and nothing is left to chance.  What is drawn depends on the seed, on how many passes the layer has made and on
- * a token's place among all workers' tokens. */
+ * twice as large and nothing is left to chance.  What is drawn depends on the seed, on how many of the layer's passes were in
+ * training and on a token's place among all workers' tokens. */
 enum { FMOE_GATE_TOPK = 0, FMOE_GATE_NOISY = 1, FMOE_GATE_SWITCH = 2, FMOE_GATE_GSHARD = 3, FMOE_GATE_BASE = 4,
        FMOE_GATE_TOPOLOGY = 5, FMOE_GATE_HIERARCHICAL = 6, FMOE_GATE_SWIPE = 7 };
 typedef struct fmoe_layer_options {
@@ -251,7 +251,7 @@ fmoe_status fmoe_layer_adamw(fmoe_layer *layer, const fmoe_adamw_options *option
  * other wrote:  gate.weight [E, d], FMOE_GATE_NOISY: gate.noise.weight [E, d] too, with bias_step gate.bias [E], experts.3.w1.weight [h, d],
  * experts.3.w1.bias [h], experts.3.w2.weight [d, h], experts.3.w2.bias [d], SwiGLU: w1, w2, w3 and no biases; after
  * fmoe_layer_adamw also optimizer.step, an I64, and optimizer.exp_avg.NAME (m) and optimizer.exp_avg_sq.NAME (v) of each but
- * gate.bias;
+ * gate.bias; gates that leave something to chance: gate.passes, an I64, so that the draws go on where they were.
  * docs/checkpoints.md has the rest.
  * Rank 0 alone has the file: it writes and reads for all, and only its path counts (the others' must not be NULL).
  * save: the file appears at path as a whole, replacing the one that is there; a link or a device is refused.

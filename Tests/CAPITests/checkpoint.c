@@ -199,6 +199,75 @@ static void test_bias(void) {
   bias_step = 0;
 }
 
+/* ---- what is left to chance -------------------------------------------------------------------- */
+
+static uint64_t hash_floats(uint64_t hash, const float *floats, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, floats + i, sizeof bits);
+    hash = (hash ^ bits) * UINT64_C(1099511628211);
+  }
+  return hash;
+}
+
+/* What the layer's next pass makes of a rank's tokens: choices, weights, outputs and gradients. */
+static uint64_t next_pass(fmoe_layer *layer, int32_t rank) {
+  enum { N = 64 };
+  static _Thread_local float tokens[N * D], output[N * D], grads[N * D];
+  uint64_t state = seed + (uint64_t)rank;
+  fmoe_pass *pass;
+  fmoe_routing routing = {.struct_size = sizeof routing};
+  fmoe_tensors t = {.struct_size = sizeof t};
+  for (int i = 0; i < N * D; i++) tokens[i] = (float)(2 * uniform(&state) - 1);
+  EXPECT(FMOE_OK, fmoe_layer_begin_gradients(layer));
+  if (!EXPECT(FMOE_OK, fmoe_gate(layer, tokens, N, &pass))) return 0;
+  EXPECT(FMOE_OK, fmoe_pass_routing(pass, &routing));
+  uint64_t hash = hash_floats(1, (const float *)(const void *)routing.choices, N * routing.top_k);
+  hash = hash_floats(hash, routing.weights, N * routing.top_k);
+  EXPECT(FMOE_OK, fmoe_forward(pass, output));
+  EXPECT(FMOE_OK, fmoe_backward(pass, tokens, grads, NULL));
+  EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &t));
+  fmoe_pass_destroy(pass);
+  hash = hash_floats(hash_floats(hash, output, N * D), grads, N * D);
+  return hash_floats(hash, t.gate, E * D);
+}
+
+/* A layer that goes on from a file does what the one that wrote it does, which has used its memory more often. */
+static void go_on_drawing(crew *c, int32_t rank, void *context) {
+  const fmoe_layer_options *o = context;
+  fmoe_layer *layer, *other, *new;
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &layer));
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &other));
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &new));
+  for (int pass = 0; pass < 3; pass++) next_pass(layer, rank);
+  next_pass(other, rank);
+  EXPECT(FMOE_OK, fmoe_layer_save(layer, in_folder("a")));
+  EXPECT(FMOE_OK, fmoe_layer_load(other, in_folder("a")));
+  for (int pass = 0; pass < 2; pass++) {
+    const uint64_t wanted = next_pass(layer, rank);
+    CHECK(next_pass(other, rank) == wanted, "rank %d of %d, gate %d", rank, c->ranks, o->gate);
+    CHECK(next_pass(new, rank) != wanted, "rank %d of %d, gate %d draws", rank, c->ranks, o->gate);
+  }
+  fmoe_layer_destroy(layer), fmoe_layer_destroy(other), fmoe_layer_destroy(new);
+}
+
+static void test_draws(void) {
+  fmoe_layer_options layers[4];
+  for (int i = 0; i < 4; i++) layers[i] = options(FMOE_RELU, 9);
+  layers[0].gate = FMOE_GATE_NOISY, layers[1].gate = FMOE_GATE_GSHARD, layers[2].input_jitter = 0.1;
+  layers[3].gate = FMOE_GATE_SWITCH, layers[3].drop = FMOE_DROP_RANDOM, layers[3].capacity_factor = 0.5;
+  for (int i = 0; i < 4; i++)
+    for (int w = 0; w < 3; w++) {
+      begin_test("draws", 60);
+      crew *c = crew_of(1 + (w > 0), w == 2);
+      crew_run(c, go_on_drawing, &layers[i]), crew_destroy(c);
+    }
+  /* A gate that leaves nothing to chance may use what one that does has learnt. */
+  fmoe_layer *plain = one(options(FMOE_RELU, 9));
+  EXPECT(FMOE_OK, fmoe_layer_load(plain, in_folder("a")));
+  fmoe_layer_destroy(plain), unlink(in_folder("a"));
+}
+
 /* ---- one rank fails ------------------------------------------------------------------------------ */
 
 static void fail_in_turn(crew *c, int32_t rank, void *context) {
@@ -278,6 +347,7 @@ int main(void) {
   test_format();
   test_noise();
   test_bias();
+  test_draws();
   test_any_workers(FMOE_GATE_TOPK), test_any_workers(FMOE_GATE_NOISY);
   bias_step = 0.5, test_any_workers(FMOE_GATE_SWITCH), bias_step = 0;
   test_large();

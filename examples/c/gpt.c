@@ -173,6 +173,12 @@ fmoe_status gpt_forward(gpt *model, const int32_t *tokens, const int32_t *target
   return FMOE_OK;
 }
 
+fmoe_status gpt_set_training(gpt *model, int training) {
+  model->evaluates = !training;
+  for (int l = 0; l < model->config.layers; l++) TRY(fmoe_layer_set_training(model->blocks[l].experts, training));
+  return FMOE_OK;
+}
+
 fmoe_status gpt_backward(gpt *model) {
   if (!model->has_targets) return gpt_fail(FMOE_ERROR_STAGE, "gpt_backward comes after a gpt_forward, once");
   model->has_targets = 0;
@@ -265,7 +271,10 @@ static int draw(int V, const float *logits, double temperature, double chance /*
 
 fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperature, uint64_t *random, int32_t *next) {
   gpt_loss unused;
+  int evaluated = model->evaluates;
+  TRY(gpt_set_training(model, 0));
   fmoe_status status = run(model, tokens, 1, T, &unused);
+  TRY(gpt_set_training(model, !evaluated));
   if (status != FMOE_OK) return status;
   int V = model->config.vocab;
   double chance = temperature > 0 ? gpt_random(random) : 0; /* all draw, so that their numbers stay the same */

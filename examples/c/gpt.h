@@ -48,6 +48,9 @@ typedef struct gpt_loss {
 fmoe_status gpt_forward(gpt *model, const int32_t *tokens, const int32_t *targets, int B, int T, gpt_loss *loss);
 fmoe_status gpt_backward(gpt *model);
 
+/* 1, as a new model does: it trains; 0: it evaluates, and its gates leave nothing to chance (fmoe_layer_set_training). */
+fmoe_status gpt_set_training(gpt *model, int training);
+
 /* Averages the gradients over the workers and makes a step of AdamW; zeroes the gradients. */
 fmoe_status gpt_update(gpt *model, const adamw *how, double *norm /* before clipping; may be NULL */);
 void gpt_zero_gradients(gpt *model);
@@ -75,7 +78,7 @@ fmoe_status gpt_load(gpt *model, const char *folder, gpt_place *place);
 /* Replaces values [count] by their sums over the workers. */
 fmoe_status gpt_sum(const gpt *model, float *values, int64_t count);
 
-/* Draws what follows tokens [T] from softmax(logits / temperature); temperature 0 takes the likeliest symbol. */
+/* Draws what follows tokens [T] from softmax(logits / temperature); temperature 0 takes the likeliest symbol.  The gates evaluate. */
 fmoe_status gpt_sample(gpt *model, const int32_t *tokens, int T, double temperature, uint64_t *random, int32_t *next);
 
 /* ---- what the model is made of; borrowed until gpt_destroy ----------------------------------- */

@@ -34,6 +34,7 @@ struct gpt {
   int has_targets; /* gpt_backward may follow */
   int updates;     /* steps of AdamW so far */
   int predicts;    /* passes are planned by prediction */
+  int evaluates;   /* gates do, too */
 
   float *memory; /* dense parameters, AdamW's averages, activations: one allocation */
   int64_t taken; /* floats of it handed out */

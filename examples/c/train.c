@@ -78,6 +78,7 @@ static void draw_batch(training *t) { /* B places in the training text */
 static fmoe_status evaluate(training *t) {
   int64_t size = learnt.held_out_size - 1, T = flags.context < size ? flags.context : size, done = 0;
   double sum = 0;
+  TRY(gpt_set_training(t->model, 0));
   while (done < size) {
     int64_t before = done;
     int B = 0;
@@ -93,7 +94,7 @@ static fmoe_status evaluate(training *t) {
     sum += loss.mean * (double)(done - before);
   }
   t->held_out = sum / (double)size;
-  return FMOE_OK;
+  return gpt_set_training(t->model, 1);
 }
 
 /* Workers on several hosts could have read several texts. */

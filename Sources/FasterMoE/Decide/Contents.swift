@@ -30,15 +30,22 @@ package struct Contents: Equatable {
     package var count: Int { shape.reduce(1, *) }
   }
 
-  /// The number of AdamW's steps, an I64 without dimensions, if there were any.
-  package static let steps = "optimizer.step"
+  /// A number of the layer's, an I64 without dimensions: AdamW's steps, if there were any; passes in training, by which a
+  /// gate draws.
+  package enum Counter: String, Sendable {
+    case steps = "optimizer.step"
+    case passes = "gate.passes"
+  }
 
+  package let counters: [Counter]
   package let tensors: [Tensor]
   package let hasMoments: Bool
 
-  /// `isNoisy`: whether the gate also learns the width of its noise; `hasBias`: whether it balances by a bias.
-  package init(_ shape: Shape, isNoisy: Bool, hasBias: Bool = false, hasMoments: Bool) {
+  /// `isNoisy`: whether the gate also learns the width of its noise; `hasBias`: whether it balances by a bias; `hasPasses`:
+  /// whether passes are counted.
+  package init(_ shape: Shape, isNoisy: Bool, hasBias: Bool = false, hasMoments: Bool, hasPasses: Bool = false) {
     self.hasMoments = hasMoments
+    counters = (hasMoments ? [.steps] : []) + (hasPasses ? [.passes] : [])
     let (d, h) = (shape.model, shape.hidden)
     let parts: [(Part, String, [Int])] =
       shape.activation.isGated
@@ -67,25 +74,27 @@ package struct Contents: Equatable {
     tensors = biases + learned
   }
 
-  /// As they are laid out in a file: the steps first, which are 8 bytes and stand on a multiple of them.
+  /// As they are laid out in a file: the counters first, which are 8 bytes and stand on a multiple of them.
   package var stored: [Safetensors.Tensor] {
     var end = 0
     func next(_ name: String, _ type: String, _ shape: [Int], _ bytes: Int) -> Safetensors.Tensor {
       defer { end += bytes }
       return Safetensors.Tensor(name, type, shape, end..<end + bytes)
     }
-    let steps = hasMoments ? [next(Contents.steps, "I64", [], 8)] : []
-    return steps + tensors.map { next($0.name, "F32", $0.shape, 4 * $0.count) }
+    return counters.map { next($0.rawValue, "I64", [], 8) }
+      + tensors.map { next($0.name, "F32", $0.shape, 4 * $0.count) }
   }
 
-  /// The contents of a file that holds `found`, and for each found tensor its number among these, nil for the steps.
+  /// The contents of a file that holds `found`, and for each found tensor its number among these, nil for a counter.
   ///
-  /// Fails, naming the tensor, unless a layer of this shape has all of them, just like that, and no others.
+  /// Fails, naming the tensor, unless a layer of this shape has all of them, just like that, and no others. Passes need not
+  /// be counted, and may be.
   package static func match(
     _ found: [Safetensors.Tensor], _ shape: Shape, isNoisy: Bool, hasBias: Bool = false
   ) throws(Failure) -> (Contents, [Int?]) {
     let contents = Contents(
-      shape, isNoisy: isNoisy, hasBias: hasBias, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") })
+      shape, isNoisy: isNoisy, hasBias: hasBias, hasMoments: found.contains { $0.name.hasPrefix("optimizer.") },
+      hasPasses: found.contains { $0.name == Counter.passes.rawValue })
     var places: [String: Int] = [:]
     for (place, tensor) in found.enumerated() { places[tensor.name] = place }
     var numbers = [Int?](repeating: nil, count: found.count)
@@ -104,7 +113,7 @@ package struct Contents: Equatable {
           .file, "tensor \"\(tensor.name)\" has \(tensor.bytes.count) bytes, not \(wanted.bytes.count) for its shape")
       }
       isKnown[place] = true
-      numbers[place] = contents.hasMoments ? (number == 0 ? nil : number - 1) : number
+      numbers[place] = number < contents.counters.count ? nil : number - contents.counters.count
     }
     if let stranger = isKnown.firstIndex(of: false) {
       throw Failure(.file, "has the tensor \"\(found[stranger].name)\", which this layer does not have")

@@ -1,7 +1,8 @@
 import Glibc
 
 extension Layer {
-  /// Writes the parameters of all ranks, and what AdamW remembers, to the file at `path` of rank 0.
+  /// Writes the parameters of all ranks, what AdamW remembers, and where the gate's draws are, to the file at `path` of
+  /// rank 0.
   package func save(to path: UnsafePointer<CChar>?) throws(Failure) {
     let courier = Courier(self)
     let own = failure { () throws(Failure) in
@@ -9,14 +10,19 @@ extension Layer {
       try courier.reserve()
     }
     courier.meet(
-      try group.agree(.save, own, same: same(UInt64(moments.map { $0.steps + 1 } ?? 0)), words: courier.words(moments)))
+      try group.agree(
+        .save, own,
+        same: [UInt64(number), UInt64(moments.map { $0.steps + 1 } ?? 0), UInt64(trainings), 0, 0, 0, 0, 0],
+        words: courier.words(moments)))
     let outcome = failure { () throws(Failure) in
       try courier.run { () throws(Failure) in
-        let contents = Contents(shape, isNoisy: rule.isNoisy, hasBias: values.bias != nil, hasMoments: moments != nil)
+        let contents = Contents(
+          shape, isNoisy: rule.isNoisy, hasBias: values.bias != nil, hasMoments: moments != nil,
+          hasPasses: rule.draws || jitter > 0)
         let file = try Safetensors.Writer(path!, contents.stored)
-        if let moments {
-          var steps = Int64(moments.steps).littleEndian
-          try file.write(&steps, 8)
+        for counter in contents.counters {
+          var value = Int64(counter == .steps ? moments!.steps : trainings).littleEndian
+          try file.write(&value, 8)
         }
         for tensor in contents.tensors {
           try Courier.pieces(tensor.count) { first, count throws(Failure) in
@@ -39,12 +45,12 @@ extension Layer {
       if path == nil { throw Failure(.argument, "path is NULL") }
       try courier.reserve()
     }
-    try group.agree(.load, own, same: same(0))
+    try group.agree(.load, own, same: [UInt64(number), 0, 0, 0, 0, 0, 0, 0])
 
     var file: Safetensors.Reader?
     var numbers: [Int?] = []
     var contents: Contents?
-    var steps = 0
+    var counts: [Contents.Counter: Int] = [:]
     own = failure { () throws(Failure) in
       try courier.run { () throws(Failure) in
         let reader = try Safetensors.Reader(path!)
@@ -55,8 +61,8 @@ extension Layer {
           throw error.kind == .file ? reader.file.complaint(error.message) : error
         }
         for place in reader.tensors.indices {
-          let isStep = numbers[place] == nil
-          guard reader.hasChecksums || isStep else { continue }
+          let counter = numbers[place] == nil ? Contents.Counter(rawValue: reader.tensors[place].name) : nil
+          guard reader.hasChecksums || counter != nil else { continue }
           var sum = Checksum()
           try Courier.pieces(reader.tensors[place].bytes.count / 4) { first, count throws(Failure) in
             try courier.wait()
@@ -64,14 +70,16 @@ extension Layer {
             sum.add(courier.buffer, 4 * count)
           }
           try reader.check(place, sum)
-          if isStep { steps = try Layer.steps(in: courier.buffer, of: reader.file) }
+          if let counter { counts[counter] = try Layer.count(counter, in: courier.buffer, of: reader.file) }
         }
         file = reader
       }
     }
     var news = Notice.Words()
-    if let contents { news = Notice.Words(number: contents.hasMoments ? steps + 1 : 0) }
-    let told = Int(try group.agree(.load, own, words: news, from: .call)[0].words.number)
+    news.number = UInt64(counts[.steps].map { $0 + 1 } ?? 0)
+    news.passes = UInt64(counts[.passes].map { $0 + 1 } ?? 0)
+    let words = try group.agree(.load, own, words: news, from: .call)[0].words
+    let (told, begun) = (Int(words.number), Int(words.passes))
 
     var remembered: Moments?
     own = failure { () throws(Failure) in
@@ -95,17 +103,19 @@ extension Layer {
     try group.agree(.load, own, from: .call)
     moments = remembered
     remembered?.steps = told - 1
+    if begun > 0 { trainings = begun - 1 }
   }
 
-  private static func steps(in bytes: UnsafeRawPointer, of file: OpenFile) throws(Failure) -> Int {
-    let steps = Int64(littleEndian: bytes.loadUnaligned(as: Int64.self))
-    guard steps >= 0, steps < 1 << 53 else {
-      throw file.complaint("tensor \"\(Contents.steps)\" is \(steps), which no number of steps can be")
+  private static func count(_ counter: Contents.Counter, in bytes: UnsafeRawPointer, of file: OpenFile) throws(Failure)
+    -> Int
+  {
+    let count = Int64(littleEndian: bytes.loadUnaligned(as: Int64.self))
+    // Streams of draws are numbered by passes.
+    guard count >= 0, count < (counter == .steps ? 1 << 53 : 1 << 46) else {
+      throw file.complaint("tensor \"\(counter.rawValue)\" is \(count), which no number of \(counter) can be")
     }
-    return Int(steps)
+    return Int(count)
   }
-
-  private func same(_ word: UInt64) -> Notice.Same { [UInt64(number), word, 0, 0, 0, 0, 0, 0] }
 }
 
 /// Lets rank 0, which alone has the file, read and write the blocks of all ranks, piece after piece.

@@ -18,17 +18,17 @@ extension Pass {
 
   /// Lets the gate choose, tells all workers what this one has for each expert and hears it from them. It knows then how
   /// much its experts will have to do and how busy all experts are. `tokens` are those of each rank.
-  func choose(number: Int, tokens: (Int) -> Int) throws(Failure) {
+  func choose(number: Int, training: Int, tokens: (Int) -> Int) throws(Failure) {
     let (layer, shape, group) = (layer!, shape, group)
     recordMeeting(.meetTokens)
-    self.number = number
+    (self.number, self.training) = (number, training)
     let rule: any Gate = isGated ? layer.rule : TopKGate()
     let desk = workspace.desk(0)
     store.crossings.update(from: layer.crossings, count: shape.experts)
     for expert in awaited ?? [] { store.crossings[expert] = 0 }
     let bias = isGated ? store.bias : nil
     if let bias { bias.update(from: layer.values.bias!, count: shape.experts) }
-    random = RandomStream(seed: layer.seed, stream: Pass.firstStream + UInt64(number))
+    random = RandomStream(seed: layer.seed, stream: Pass.firstStream + UInt64(training))
     firstToken = (0..<group.rank).reduce(0) { $0 + tokens($1) }
     let batch = GateBatch(
       tokens: count, choices: shape.choices, experts: shape.experts, rank: group.rank, workers: group.size,

@@ -31,6 +31,9 @@ package final class Layer {
   /// The layer's number in its group, and that of its latest pass: equal on all ranks.
   let number: Int
   private var passes = 0
+  /// How many of its passes were in training, by which the gate draws: equal on all ranks, too. So looking at other tokens in
+  /// between changes no training.
+  var trainings = 0
   let values: Parameters
   let gradients: Parameters
   /// From AdamW's first step on, or from a file that has them.
@@ -250,7 +253,8 @@ package final class Layer {
         same: [UInt64(number), UInt64(passes), isTraining ? 1 : 0, PlanRequest.hash(of: awaited), 0, 0, 0, 0],
         words: Notice.Words(number: max(0, n)))
       passes += 1
-      try begun!.choose(number: passes) { Int(all[$0].words.number) }
+      if isTraining { trainings += 1 }
+      try begun!.choose(number: passes, training: trainings) { Int(all[$0].words.number) }
     } catch {
       begun?.end()
       throw error

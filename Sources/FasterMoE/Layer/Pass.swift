@@ -53,6 +53,8 @@ package final class Pass: TeamWork {
   var began = Seconds(0)
   var wasReady = Seconds(0)
   var number = 0
+  /// The number among those in training, or of the last of them before.
+  var training = 0
   var job = Job.gate
   enum Job {
     case gate, packCopies, send, expertsForward, combineForward
@@ -314,7 +316,7 @@ package final class Pass: TeamWork {
   private var jitter: Jitter? {
     let layer = layer!
     guard isTraining, layer.jitter > 0 else { return nil }
-    let random = RandomStream(seed: layer.seed, stream: Pass.firstJitter + UInt64(number))
+    let random = RandomStream(seed: layer.seed, stream: Pass.firstJitter + UInt64(training))
     return Jitter(random, bound: layer.jitter, width: shape.model)
   }
 

@@ -26,6 +26,8 @@ package struct Notice: BitwiseCopyable {
   /// What a call tells the others: a number of its own, and where this rank's part of a pass or a layer is in memory.
   package struct Words: BitwiseCopyable {
     package var number: UInt64 = 0
+    /// Of a layer, in a load.
+    package var passes: UInt64 = 0
     package var tokens, gradOutput, slots, weights, rows, gradWeights, values, means, squares,
       copyGrads: UnsafeRawPointer?
     package init(number: Int = 0) { self.number = UInt64(number) }

@@ -21,6 +21,8 @@ package struct Capacity: Sendable {
     return rows < Double(Int32.max) ? Int(rows.rounded(.up)) : Int(Int32.max)
   }
 
+  package var draws: Bool { dropping == .random }
+
   /// In evaluation nothing is left to chance.
   package func dropping(isTraining: Bool) -> Dropping { dropping == .random && !isTraining ? .last : dropping }
 

@@ -7,6 +7,7 @@ package struct GShardGate: Gate {
   package init(_ capacity: Capacity) { self.capacity = capacity }
 
   package var weighing: Weighing { .softmaxOfChosen }
+  package var draws: Bool { true }
   package var dropsWeighedChoices: Bool { true }
   /// What is left, and the first choices before any was dropped, which the balance loss is about.
   package func numbersTold(choices: Int) -> Int { 2 }

@@ -7,6 +7,8 @@ package protocol Gate: Sendable {
   var weighing: Weighing { get }
   /// Whether normal noise of a learned width is added to the scores in training.
   var isNoisy: Bool { get }
+  /// Whether anything is left to chance in training.
+  var draws: Bool { get }
   /// Whether choices are dropped that were weighed together with others, so that backward must recall them.
   var dropsWeighedChoices: Bool { get }
   /// Whether links that were measured decide what may leave a place.
@@ -29,6 +31,7 @@ package protocol Gate: Sendable {
 
 extension Gate {
   package var isNoisy: Bool { false }
+  package var draws: Bool { isNoisy }
   package var dropsWeighedChoices: Bool { false }
   package var heedsLinks: Bool { false }
   package var limitsPlaces: Bool { false }

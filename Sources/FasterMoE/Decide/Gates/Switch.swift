@@ -6,6 +6,7 @@ package struct SwitchGate: Gate {
   package init(_ capacity: Capacity) { self.capacity = capacity }
 
   package var weighing: Weighing { .probability }
+  package var draws: Bool { capacity.draws }
   /// Each worker tells how many of its first, second... choices are for each expert: from these follows what all keep.
   package func numbersTold(choices: Int) -> Int { choices }
   package func scratch(tokens: Int, choices: Int, experts: Int) -> Int {
