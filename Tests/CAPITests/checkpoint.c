@@ -199,7 +199,7 @@ static void test_bias(void) {
   bias_step = 0;
 }
 
-/* ---- what is left to chance -------------------------------------------------------------------- */
+/* ---- a training goes on -------------------------------------------------------------------- */
 
 static uint64_t hash_floats(uint64_t hash, const float *floats, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
@@ -232,40 +232,60 @@ static uint64_t next_pass(fmoe_layer *layer, int32_t rank) {
   return hash_floats(hash, t.gate, E * D);
 }
 
+typedef struct onward {
+  fmoe_layer_options options;
+  int draws;
+} onward;
+
 /* A layer that goes on from a file does what the one that wrote it does, which has used its memory more often. */
-static void go_on_drawing(crew *c, int32_t rank, void *context) {
-  const fmoe_layer_options *o = context;
+static void go_on(crew *c, int32_t rank, void *context) {
+  const onward *o = context;
   fmoe_layer *layer, *other, *new;
-  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &layer));
-  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &other));
-  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], o, &new));
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &o->options, &layer));
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &o->options, &other));
+  EXPECT(FMOE_OK, fmoe_layer_create(c->groups[rank], &o->options, &new));
   for (int pass = 0; pass < 3; pass++) next_pass(layer, rank);
-  next_pass(other, rank);
   EXPECT(FMOE_OK, fmoe_layer_save(layer, in_folder("a")));
   EXPECT(FMOE_OK, fmoe_layer_load(other, in_folder("a")));
   for (int pass = 0; pass < 2; pass++) {
     const uint64_t wanted = next_pass(layer, rank);
-    CHECK(next_pass(other, rank) == wanted, "rank %d of %d, gate %d", rank, c->ranks, o->gate);
-    CHECK(next_pass(new, rank) != wanted, "rank %d of %d, gate %d draws", rank, c->ranks, o->gate);
+    CHECK(next_pass(other, rank) == wanted, "rank %d of %d, gate %d, drop %d", rank, c->ranks, o->options.gate, o->options.drop);
+    CHECK(!o->draws || next_pass(new, rank) != wanted, "rank %d of %d, gate %d draws", rank, c->ranks, o->options.gate);
   }
   fmoe_layer_destroy(layer), fmoe_layer_destroy(other), fmoe_layer_destroy(new);
 }
 
-static void test_draws(void) {
-  fmoe_layer_options layers[4];
-  for (int i = 0; i < 4; i++) layers[i] = options(FMOE_RELU, 9);
-  layers[0].gate = FMOE_GATE_NOISY, layers[1].gate = FMOE_GATE_GSHARD, layers[2].input_jitter = 0.1;
-  layers[3].gate = FMOE_GATE_SWITCH, layers[3].drop = FMOE_DROP_RANDOM, layers[3].capacity_factor = 0.5;
-  for (int i = 0; i < 4; i++)
-    for (int w = 0; w < 3; w++) {
-      begin_test("draws", 60);
-      crew *c = crew_of(1 + (w > 0), w == 2);
-      crew_run(c, go_on_drawing, &layers[i]), crew_destroy(c);
+static void test_going_on(void) {
+  onward all[24];
+  int count = 0;
+  for (int32_t of = FMOE_GATE_TOPK; of <= FMOE_GATE_SWIPE; of++)
+    for (int32_t drop = FMOE_DROP_LAST; drop <= FMOE_DROP_UNIMPORTANT; drop++) {
+      const int has_room = of == FMOE_GATE_SWITCH || of == FMOE_GATE_GSHARD;
+      if (drop != FMOE_DROP_LAST && !has_room) continue;
+      onward *o = &all[count++];
+      *o = (onward){.options = options(FMOE_RELU, 9)};
+      o->options.gate = of, o->options.drop = drop, o->options.capacity_factor = has_room ? 0.5 : 0;
+      if (of == FMOE_GATE_BASE) o->options.top_k = 1;
+      o->draws = of == FMOE_GATE_NOISY || of == FMOE_GATE_GSHARD || drop == FMOE_DROP_RANDOM;
     }
+  all[count] = (onward){.options = options(FMOE_RELU, 9), .draws = 1}, all[count++].options.input_jitter = 0.1;
+  all[count] = (onward){.options = options(FMOE_RELU, 9)}, all[count++].options.bias_step = 0.1;
+  for (int i = 0; i < count; i++)
+    for (int w = 0; w < 3; w++) {
+      begin_test("going on", 60);
+      crew *c = crew_of(1 + (w > 0), w == 2);
+      crew_run(c, go_on, &all[i]), crew_destroy(c);
+    }
+  unlink(in_folder("a"));
   /* A gate that leaves nothing to chance may use what one that does has learnt. */
+  gate = FMOE_GATE_GSHARD;
+  fmoe_layer *drawing = one(options(FMOE_RELU, 8));
+  gate = FMOE_GATE_TOPK;
   fmoe_layer *plain = one(options(FMOE_RELU, 9));
+  EXPECT(FMOE_OK, fmoe_layer_save(drawing, in_folder("a")));
   EXPECT(FMOE_OK, fmoe_layer_load(plain, in_folder("a")));
-  fmoe_layer_destroy(plain), unlink(in_folder("a"));
+  CHECK(values_of(plain) == values_of(drawing), "what is learnt");
+  fmoe_layer_destroy(plain), fmoe_layer_destroy(drawing), unlink(in_folder("a"));
 }
 
 /* ---- one rank fails ------------------------------------------------------------------------------ */
@@ -347,7 +367,7 @@ int main(void) {
   test_format();
   test_noise();
   test_bias();
-  test_draws();
+  test_going_on();
   test_any_workers(FMOE_GATE_TOPK), test_any_workers(FMOE_GATE_NOISY);
   bias_step = 0.5, test_any_workers(FMOE_GATE_SWITCH), bias_step = 0;
   test_large();
