@@ -41,7 +41,7 @@ ahead() {
   make --no-print-directory fuzz-library
 }
 
-c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" "$1"; }
+c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" CC=gcc CXX=g++ "$1"; }
 
 reference() { awk -f docs/reference.awk include/fastermoe.h | diff - docs/reference.md || { echo "make docs makes it anew"; return 1; }; }
 
