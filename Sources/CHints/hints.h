@@ -104,3 +104,11 @@ void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
 void *__real_realloc(void *block, size_t size);
 int __real_posix_memalign(void **out, size_t alignment, size_t size);
+/* What stands in front of them there: Sources/CAPI/Allocation.swift.  The last ones are C++'s operator new and CPU_ALLOC. */
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_realloc(void *block, size_t size);
+int __wrap_posix_memalign(void **out, size_t alignment, size_t size);
+void *__wrap__Znwm(size_t size);
+void *__wrap__ZnwmSt11align_val_t(size_t size, size_t alignment);
+void *__wrap___sched_cpualloc(size_t count);

@@ -201,15 +201,6 @@ static void test_bias(void) {
 
 /* ---- a training goes on -------------------------------------------------------------------- */
 
-static uint64_t hash_floats(uint64_t hash, const float *floats, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, floats + i, sizeof bits);
-    hash = (hash ^ bits) * UINT64_C(1099511628211);
-  }
-  return hash;
-}
-
 /* What the layer's next pass makes of a rank's tokens: choices, weights, outputs and gradients. */
 static uint64_t next_pass(fmoe_layer *layer, int32_t rank) {
   enum { N = 64 };

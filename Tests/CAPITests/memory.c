@@ -65,22 +65,13 @@ static const fmoe_group_options group_options = {.struct_size = sizeof group_opt
 static fmoe_layer_options layer_options = {.struct_size = sizeof layer_options, .top_k = K, .d_model = D, .d_hidden = H,
                                            .experts = E, .seed = 5, .balance_loss = 0.1, .z_loss = 0.1};
 
-/* Sums of bits: equal exactly if the values are, for all that tests need. */
-static uint64_t mix(uint64_t hash, const float *values, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, values + i, sizeof bits);
-    hash = (hash ^ bits) * UINT64_C(1099511628211);
-  }
-  return hash;
-}
-
 static uint64_t results(int32_t rank, fmoe_layer *layer, int64_t n) {
   fmoe_tensors g = {.struct_size = sizeof g};
   const int64_t experts = E / ranks;
   EXPECT(FMOE_OK, fmoe_layer_gradients(layer, &g));
-  uint64_t hash = mix(mix(mix(1, output[rank], n * D), grad_tokens[rank], n * D), g.gate, E * D);
-  return mix(mix(mix(mix(hash, g.w1, experts * H * D), g.b1, experts * H), g.w2, experts * D * H), g.b2, experts * D);
+  uint64_t hash = hash_floats(hash_floats(hash_floats(1, output[rank], n * D), grad_tokens[rank], n * D), g.gate, E * D);
+  return hash_floats(hash_floats(hash_floats(hash_floats(hash, g.w1, experts * H * D), g.b1, experts * H), g.w2,
+      experts * D * H), g.b2, experts * D);
 }
 
 /* A call for which memory may be refused, to this rank or to a peer: it says so, again when asked again, and works once
@@ -129,7 +120,8 @@ static void step(int32_t rank, fmoe_layer *layer, int64_t n, int routed) {
   PERSIST(fmoe_forward(pass, output[rank]));
   PERSIST(fmoe_backward(pass, grad_output, grad_tokens[rank], routed ? grad_weights[rank] : NULL));
   PERSIST(fmoe_layer_reduce_gradients(layer));
-  if (adamw_too) EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &(fmoe_adamw_options){.struct_size = sizeof(fmoe_adamw_options), .learning_rate = 1e-6}));
+  if (adamw_too) EXPECT(FMOE_OK, fmoe_layer_adamw(layer, &(fmoe_adamw_options){.struct_size = sizeof(fmoe_adamw_options),
+      .learning_rate = 1e-6}));
   fmoe_pass_destroy(pass);
 }
 

@@ -191,3 +191,12 @@ void oracle_run(oracle *o) {
   if (!o->routed) run_gate_backward(o);
   free(room);
 }
+
+uint64_t hash_floats(uint64_t hash, const float *floats, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, floats + i, sizeof bits);
+    hash = (hash ^ bits) * UINT64_C(1099511628211);
+  }
+  return hash;
+}

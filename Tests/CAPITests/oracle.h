@@ -41,4 +41,7 @@ void oracle_run(oracle *o);  /* everything, given choice and weight; gradients s
 double uniform(uint64_t *state);
 void fill(double *values, int64_t count, double scale, uint64_t *state); /* uniform in [-scale, scale) */
 
+/* Of bits: equal if the values are, for all that tests need.  Goes on with a hash; the first is any number. */
+uint64_t hash_floats(uint64_t hash, const float *floats, int64_t count);
+
 #endif

@@ -21,11 +21,7 @@ uint64_t values_of_sizes(fmoe_layer *layer, int64_t experts, int64_t d, int64_t 
   const int64_t e = t.local_experts;
   const int64_t sizes[TENSORS + 2] = {experts * d, e * h * d, e * h, e * d * h, e * d, e * h * d, experts * d, experts};
   for (int i = 0; i <= TENSORS + 1; i++)
-    for (int64_t at = 0; list[i] && at < sizes[i]; at++) {
-      uint32_t bits;
-      memcpy(&bits, list[i] + at, sizeof bits);
-      hash = (hash ^ bits) * UINT64_C(1099511628211);
-    }
+    if (list[i]) hash = hash_floats(hash, list[i], sizes[i]);
   return hash;
 }
 

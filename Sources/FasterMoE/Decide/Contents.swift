@@ -39,12 +39,10 @@ package struct Contents: Equatable {
 
   package let counters: [Counter]
   package let tensors: [Tensor]
-  package let hasMoments: Bool
 
   /// `isNoisy`: whether the gate also learns the width of its noise; `hasBias`: whether it balances by a bias; `hasPasses`:
   /// whether passes are counted.
   package init(_ shape: Shape, isNoisy: Bool, hasBias: Bool = false, hasMoments: Bool, hasPasses: Bool = false) {
-    self.hasMoments = hasMoments
     counters = (hasMoments ? [.steps] : []) + (hasPasses ? [.passes] : [])
     let (d, h) = (shape.model, shape.hidden)
     let parts: [(Part, String, [Int])] =

@@ -51,7 +51,8 @@ package enum Reserve {
 
   /// Asks the system for what is missing; fails with `.memory` if it has no more.
   package static func fill() throws(Failure) {
-    guard isOpen.exchange(false, ordering: .relaxed) else { return }
+    guard isOpen.load(ordering: .relaxed) else { return }
+    isOpen.store(false, ordering: .relaxed)
     guard small.fill(), middle.fill(), large.fill() else {
       isOpen.store(true, ordering: .relaxed)
       throw Failure(.memory, "the system has no memory left, not even for small blocks")

@@ -70,6 +70,8 @@ extension Pass {
       throw Failure(.argument, "\(store.moves.rows(at: group.rank)) rows to compute here do not fit 31 bits")
     }
     store.routing.sort(slots: count * shape.choices, experts: shape.experts, store.moves)
+    // Dropped slots have no row that would write theirs.
+    store.gradWeights.update(repeating: 0, count: count * shape.choices)
     // All in one round stand as one worker would have sorted them; in more, neighbours are in one group.
     rounds =
       plan.groups.count == 1

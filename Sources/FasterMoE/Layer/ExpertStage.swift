@@ -211,10 +211,6 @@ extension PassContext {
         gradTokens.store(
           sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
       }
-      // Dropped slots have no row that would write theirs.
-      for choice in 0..<shape.choices where store.routing.rows[token * shape.choices + choice] < 0 {
-        store.gradWeights[token * shape.choices + choice] = 0
-      }
     }
   }
 

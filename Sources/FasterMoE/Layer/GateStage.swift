@@ -110,8 +110,6 @@ extension PassContext {
     let (k, experts, weighing) = (shape.choices, shape.experts, layer.rule.weighing)
     let ds = store.gradWeights + token * k
     var (picks, weights) = (store.routing.choices + token * k, store.routing.weights + token * k)
-    // Nobody has written a dropped choice's; what stands there is of an earlier pass.
-    for choice in 0..<k where picks[choice] < 0 { ds[choice] = 0 }
     var logSum: Float = 0
     readScores(token)
     if layer.losses.needProbabilities || weighing.needsProbabilities(choices: k) {

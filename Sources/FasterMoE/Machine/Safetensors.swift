@@ -227,7 +227,7 @@ package enum Safetensors {
     init(from decoder: any Decoder) throws {
       let members = try decoder.container(keyedBy: Key.self)
       for key in members.allKeys {
-        try Reserve.fill()
+        try Reserve.fill()  // each entry takes some dozen small blocks, and there may be any number of them
         if key.stringValue == "__metadata__" {
           metadata = try members.decode([String: String].self, forKey: key)
           continue
