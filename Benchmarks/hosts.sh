@@ -22,12 +22,12 @@ done
 echo "== one expert with half of all rows, 4 hosts, links of 100 Mbit/s"
 "$hosts" up 4 100mbit
 "$hosts" run "$mpi" "$out/overlap" --shape 2048,512,256,4,1 --hot 0.5 --repeats 5 --json "$out/overlap-hot.json"
-# Hidden widths at which computing takes about as long as communicating, and a third longer.
+# Hidden widths at which computing takes about as long as communicating here, and a little longer.
 echo "== rows travel while experts compute, 2 hosts"
-for link in 1gbit:500,650 250mbit:2000,2400; do
+for link in 1gbit:500 500mbit:1000 250mbit:2000; do
   "$hosts" up 2 "${link%:*}"
-  for hidden in $(echo "${link#*:}" | tr , ' '); do
+  for ratio in 0.95 1.1; do
     echo "-- ${link%:*}/s"
-    "$hosts" run "$mpi" "$out/overlap" --shape "2048,512,$hidden,8,2" --json "$out/overlap-${link%:*}-$hidden.json"
+    "$hosts" run "$mpi" "$out/overlap" --shape "2048,512,${link#*:},8,2" --ratio $ratio --json "$out/overlap-${link%:*}-$ratio.json"
   done
 done

@@ -183,7 +183,7 @@ struct Paper: ParsableCommand {
         row.scheduleBoundBothWays = max(row.scheduleBoundBothWays, roofline.semiIdeal / roofline.ideal)
         row.scheduleReached = max(row.scheduleReached, plain.planned / scheduled.planned)
         row.shadowedShare += Double(both.shadows) / Double(model.experts)
-        let paper = Shadowing.paper(batch.traffic, shape, on: cluster).experts.count
+        let paper = Shadowing.paper(Demand(batch.traffic, shape, on: cluster)).experts.count
         row.algorithm1Share += Double(paper) / Double(model.experts)
         batches += 1
       }

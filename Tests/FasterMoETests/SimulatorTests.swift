@@ -8,10 +8,9 @@ import Testing
 
   /// Seconds of a plan, forward and backward.
   static func seconds(_ plan: Plan, _ batch: Batch, _ shape: Shape, _ cluster: Cluster) -> Double {
-    var volumes = Volumes(batch.traffic, shape, on: cluster, shadows: plan.shadows)
+    let volumes = Volumes(batch.traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.backward.contains { $0.action == .fetch(shadow: 0) }
-    var simulator = Simulator(batch.traffic, shape, on: cluster)
-    let costs = simulator.costs(plan.groups, volumes, volumes.moving)
+    let costs = StepCosts(plan.groups, volumes)
     for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
       let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown)
       #expect(least(PlayedSteps(steps), plan.overlaps, cluster.slowdown) >= timeline.end)
@@ -60,15 +59,15 @@ import Testing
       case .giveBack(let round):
         for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
           let from = Array(groups.seats(of: groups.target(of: group, round: round)))
-          let blocks = from.map { costs.blocks[round * all.count + $0] }
+          let shares = from.map { costs.blockShares[round * all.count + $0] }
           let seconds = costs.returns[round * groups.count + group] * stretch
           move(
             from, Array(groups.seats(of: group)), seconds,
             {
               let made = cause($0)
               return overlaps && step.after >= 0
-                ? made.start + (made.end - made.start) / costs.blocks[round * all.count + $0] : made.end
-            }, last: from.map { cause($0).end }.max()! + (blocks.min()! > 0 ? seconds / blocks.min()! : 0))
+                ? made.start + (made.end - made.start) * costs.blockShares[round * all.count + $0] : made.end
+            }, last: from.map { cause($0).end }.max()! + seconds * shares.max()!)
         }
       case .fetch(let shadow), .reduce(let shadow):
         let owner = costs.owners[shadow]
@@ -82,18 +81,18 @@ import Testing
         move(all.filter { $0 != last }, all.filter { $0 != first }, seconds) { cause($0).end }
       case .compute, .computeShadow, .gradWeights, .gradShadowWeights:
         for seat in all {
-          var (work, blocks) = (0.0, 1.0)
+          var (work, share) = (0.0, 1.0)
           switch step.action {
           case .compute(let round):
-            (work, blocks) = (costs.computes[round * all.count + seat], costs.blocks[round * all.count + seat])
+            (work, share) = (costs.computes[round * all.count + seat], costs.blockShares[round * all.count + seat])
           case .computeShadow(let shadow): work = costs.shadows[shadow * all.count + seat]
           case .gradShadowWeights(let shadow): work = costs.shadowWeights[shadow * all.count + seat]
           default: work = costs.gradWeights[seat]
           }
           let (given, free) = (cause(seat), lanes[.computes(seat)] ?? 0)
           if case .compute = step.action, overlaps, step.after >= 0 {
-            let start = max(free, given.start + (given.end - given.start) / blocks)
-            span[seat] = (start, max(start + work, given.end + work / blocks))
+            let start = max(free, given.start + (given.end - given.start) * share)
+            span[seat] = (start, max(start + work, given.end + work * share))
           } else {
             span[seat] = (max(free, given.end), max(free, given.end) + work)
           }
@@ -129,7 +128,7 @@ import Testing
   @Test func coarseIsComputingPlusCommunicating() throws {
     try RandomPlans.withRandom(35, latency: 0) { numbers, cluster, batch, shape in
       let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(5) == 0 }
-      var volumes = Volumes(batch.traffic, shape, on: cluster)
+      let volumes = Volumes(batch.traffic, shape, on: cluster)
       for expert in shadows { volumes.shadow(expert) }
       let expected = volumes.roofline.semiIdeal.value
       let atOnce = Volumes(batch.traffic, shape, on: cluster, shadows: shadows).roofline.semiIdeal.value

@@ -74,7 +74,7 @@ package final class Cluster: @unchecked Sendable {
     self.document = document
     workers = document.workers.count
     (ranks, seats, nodes, names) = (layout.ranks, layout.seats, layout.nodes, layout.names)
-    rates = try layout.ranks.map { rank throws(Failure) in try Layout.rates(document.workers[rank]) }
+    rates = try Layout.rates(of: layout.ranks, document)
     peers = try layout.peers(document.peers ?? [])
     (slowdown, messageSlowdown) = (document.slowdown ?? 1, document.messageSlowdown ?? 1)
     for (key, slowdown) in [("computing_slowdown", slowdown), ("message_slowdown", messageSlowdown)] {

@@ -197,7 +197,23 @@ extension Cluster {
       return links
     }
 
-    static func rates(_ worker: Document.Worker) throws(Failure) -> WorkerRates {
+    /// Of each of `ranks`; neighbours that are as fast share theirs.
+    static func rates(of ranks: [Int], _ document: Document) throws(Failure) -> [WorkerRates] {
+      var all: [WorkerRates] = []
+      var last: Document.Worker?
+      for rank in ranks {
+        let worker = document.workers[rank]
+        let isSame =
+          last.map {
+            $0.flops == worker.flops && $0.weightFlops == worker.weightFlops && $0.rowHandling == worker.rowHandling
+          } ?? false
+        all.append(isSame ? all[all.count - 1] : try rates(worker))
+        last = worker
+      }
+      return all
+    }
+
+    private static func rates(_ worker: Document.Worker) throws(Failure) -> WorkerRates {
       let name = "worker \"\(worker.name)\""
       let handling = worker.rowHandling ?? .infinity
       guard handling > 0 else {

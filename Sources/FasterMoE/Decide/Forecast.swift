@@ -24,13 +24,11 @@ package struct Forecast {
 
   /// O(steps·W + W² + W·E): every worker's steps are played to know one's.
   package init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, on cluster: Cluster, of rank: Int) {
-    var volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
+    let volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.fetchesAgain
-    let moving = volumes.moving
-    var simulator = Simulator(traffic, shape, on: cluster)
-    let costs = simulator.costs(plan.groups, volumes, moving)
+    let costs = StepCosts(plan.groups, volumes)
     let seat = cluster.seats[rank]
-    let volume = StepVolumes(plan, traffic, shape, moving, rank: rank, seat: seat)
+    let volume = StepVolumes(plan, volumes, rank: rank, seat: seat)
 
     func span(_ seconds: Range<Double>) -> Range<Seconds> { Seconds(seconds.lowerBound)..<Seconds(seconds.upperBound) }
     func trip(_ steps: [Step], _ seconds: Seconds) -> Trip {
@@ -55,14 +53,14 @@ package struct Forecast {
 /// What one worker moves and computes in each step of a plan.
 private struct StepVolumes {
   let plan: Plan
-  let traffic: Traffic
-  let shape: Shape
-  let moving: RowsBetween
+  let volumes: Volumes
   let rank, seat: Int
+  private let traffic: Traffic
+  private let shape: Shape
 
-  init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, _ moving: RowsBetween, rank: Int, seat: Int) {
-    (self.plan, self.traffic, self.shape, self.moving) = (plan, traffic, shape, moving)
-    (self.rank, self.seat) = (rank, seat)
+  init(_ plan: Plan, _ volumes: Volumes, rank: Int, seat: Int) {
+    (self.plan, self.volumes, self.rank, self.seat) = (plan, volumes, rank, seat)
+    (traffic, shape) = (volumes.demand.traffic, volumes.demand.shape)
   }
 
   func fill(_ step: Forecast.Stretch) -> Forecast.Stretch {
@@ -80,7 +78,7 @@ private struct StepVolumes {
     return step
   }
 
-  private func rows(_ source: Int, _ target: Int) -> Int { Int(moving.rows(from: source, to: target)) }
+  private func rows(_ source: Int, _ target: Int) -> Int { volumes.rows(from: source, to: target) }
 
   /// Rows of this worker that other workers compute in a round.
   private func toTarget(_ round: Int) -> Int {

@@ -133,8 +133,8 @@ package struct PlanReport {
       for expert in traffic.owned(by: worker) {
         let rows = traffic.rows(for: expert)
         work = work + shape.flops(rows: rows)
-        rowsTake = rowsTake + shape.seconds(rows: rows, at: rates[worker])
-        weightsTake = weightsTake + shape.weightSeconds(rows: rows, at: rates[worker])
+        let seconds = shape.seconds(rows: rows, at: rates[worker])
+        (rowsTake, weightsTake) = (rowsTake + seconds.rows, weightsTake + seconds.weights)
       }
       forward = max(forward, rowsTake)
       backward = max(backward, rowsTake + weightsTake)

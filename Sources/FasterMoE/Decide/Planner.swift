@@ -1,19 +1,21 @@
+import Glibc
+
 /// Chooses what a batch is to do: which experts are shadowed, in groups of how many rows move, in which order.
 ///
-/// Every candidate is played by the Simulator on the Cluster; the one that takes least is the plan. Doing nothing clever
-/// (no shadow, nothing overlapped) is always among them, so by its own model a plan is never slower than that. The same
-/// values give the same plan on every worker: nothing is measured here.
+/// Every candidate is played on the Cluster, by a Timeline of its StepCosts; the one that takes least is the plan. Doing
+/// nothing clever (no shadow, nothing overlapped) is always among them, so by its own model a plan is never slower than that.
+/// The same values give the same plan on every worker: nothing is measured here.
 package struct Planner {
-  private let traffic: Traffic
-  private let shape: Shape
+  private let demand: Demand
   private let cluster: Cluster
-  private var simulator: Simulator
-  /// How many more times a worker's part in a step may be played.
-  private var plays = 0
-  /// Lists of steps that were played, by all that they depend on.
-  private var lists: [Int: PlayedSteps] = [:]
   /// Without shadows.
   private let none: Volumes
+  /// How many more times a worker's part in a step may be played.
+  private var plays = 0
+  /// Sizes of groups that are worth a look, in the order in which they are looked at.
+  private var sizes: [Int] = []
+  /// For what is looked at and forgotten.
+  private let memory = Scratch()
 
   /// Most counts, W·E: a gigabyte.
   package static let mostCounts = 1 << 28
@@ -30,14 +32,19 @@ package struct Planner {
   }
 
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
-    (self.traffic, self.shape, self.cluster) = (traffic, shape, cluster)
-    simulator = Simulator(traffic, shape, on: cluster)
-    none = Volumes(traffic, shape, on: cluster)
+    demand = Demand(traffic, shape, on: cluster)
+    self.cluster = cluster
+    none = Volumes(demand)
   }
 
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
     try request.check()
-    let plain = coarse(none, none.moving)
+    let plain = coarse(none)
+    guard request.shadowing != .everyExpert else {
+      let (plan, seconds, volumes) = everyExpert(request)
+      return (plan, report(plan, seconds, volumes, plain))
+    }
+    sizes = groupSizes(request)
     // Of a request for pairwise exchange, the coarse plan is no answer.
     let known = request.schedule == .pairwise ? nil : plain
     var chosen: Choice
@@ -45,41 +52,54 @@ package struct Planner {
     case .never: chosen = best(ofAll: [candidate([])], request, known)
     case .given: chosen = best(ofAll: [candidate(request.shadows)], request, nil)
     case .paper: chosen = best(ofAll: [candidate(paper)], request, nil)
-    case .everyExpert: chosen = everyExpert(request)
-    case .best:
+    case .best, .everyExpert:
       chosen = best(ofAll: candidates(below: plain.seconds), request, known)
       improve(&chosen, request)
     }
-    if chosen.plan.groups.count > 1 { refine(&chosen) }
+    let volumes = volumes(chosen.shadows)
+    if chosen.groups.count > 1 { refine(&chosen, volumes) }
+    let plan = chosen.plan
+    return (plan, report(plan, chosen.seconds, volumes, plain))
+  }
 
+  private func report(_ plan: Plan, _ seconds: Seconds, _ volumes: Volumes, _ plain: Choice) -> PlanReport {
     var report = PlanReport()
-    let roofline = chosen.volumes.roofline
-    report.shadows = chosen.plan.shadows.count
-    report.groupSize = chosen.plan.groups.size
-    report.steps = chosen.plan.steps
+    let roofline = volumes.roofline
+    report.shadows = plan.shadows.count
+    report.groupSize = plan.groups.size
+    report.steps = plan.steps
     report.plain = plain.seconds
-    report.planned = chosen.seconds
-    report.ideal = min(roofline.ideal, chosen.seconds)  // no less but for rounding
+    report.planned = seconds
+    report.ideal = min(roofline.ideal, seconds)  // no less but for rounding
     report.semiIdeal = roofline.semiIdeal
     report.computeOverCommunicate = roofline.computeOverCommunicate
     report.stepRatio = roofline.stepRatio
-    report.flopRatePerWorker = roofline.flopRatePerWorker(in: chosen.seconds)
+    report.flopRatePerWorker = roofline.flopRatePerWorker(in: seconds)
     report.roofline = roofline
-    return (chosen.plan, report)
+    return report
   }
 
+  /// A plan as far as it is chosen, and what it takes.
   private struct Choice {
-    var plan: Plan
+    var groups: Groups
+    var shadows: [Int]
+    /// Of each direction; nil for the coarse plan.
+    var orders: (forward: Order, backward: Order)?
     var seconds: Seconds
-    let volumes: Volumes
-    let costs: StepCosts
+
+    var plan: Plan {
+      guard let orders else { return .coarse(workers: groups.workers, shadows: shadows) }
+      return .pairwise(groups, shadows: shadows, forward: orders.forward, backward: orders.backward)
+    }
   }
 
   // MARK: Shadows
 
-  private var paper: [Int] { Shadowing.paper(traffic, shape, on: cluster, rows: none.rows).experts }
+  private var paper: [Int] { Shadowing.paper(demand).experts }
 
-  private func shadowing(_ experts: [Int]) -> Volumes { Volumes(none, shadows: experts) }
+  private func volumes(_ shadows: [Int]) -> Volumes {
+    shadows.isEmpty ? none : Volumes(demand, shadows: shadows, in: memory)
+  }
 
   /// A set of shadows, and what no schedule of it is faster than.
   private struct Candidate {
@@ -87,17 +107,22 @@ package struct Planner {
     let least: Seconds
   }
   private func candidate(_ shadows: [Int]) -> Candidate {
-    Candidate(shadows: shadows, least: (shadows.isEmpty ? none : shadowing(shadows)).least)
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    return Candidate(shadows: shadows, least: volumes(shadows).least)
   }
 
   /// No shadow, the paper's set, and the prefixes of the order by excess load whose bounds are least; by the least time
   /// that any schedule of each could take.
   private func candidates(below plain: Seconds) -> [Candidate] {
     let room = max(1, min(Planner.mostSets, Planner.mostPairs / (cluster.workers * cluster.workers)))
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
     var found: [Candidate] = []
     func insert(_ set: Candidate) { found.insert(set, at: found.firstIndex { set.least < $0.least } ?? found.count) }
-    var (volumes, affordable) = (none, plain)
-    for expert in ByExcess(traffic, rows: none.rows, on: cluster) {
+    var affordable = plain
+    let volumes = Volumes(demand, in: memory)
+    for expert in ByExcess(demand) {
       volumes.shadow(expert)
       // Copies only add up: once they alone take longer than some other set takes in all, so does what follows.
       guard volumes.leastCopying < affordable else { break }
@@ -123,10 +148,11 @@ package struct Planner {
   private static let mostPairs = 1 << 20
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
-  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step.
+  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step: half as much
+  /// on a fast core, twice that on a slow one.
   private static let share = 0.01
-  private static let secondsEach = Seconds(1e-8)
-  /// Some 40 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
+  private static let secondsEach = Seconds(1.25e-8)
+  /// Some 25 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
   private static let fewestPlays = 1 << 11
   /// Some seconds, however long a step is.
   private static let mostPlays = 1 << 28
@@ -137,170 +163,198 @@ package struct Planner {
 
   // MARK: Schedules
 
-  private mutating func coarse(_ volumes: Volumes, _ moving: RowsBetween) -> Choice {
-    let plan = Plan.coarse(workers: cluster.workers, shadows: volumes.shadows)
-    let costs = simulator.costs(plan.groups, volumes, moving)
-    return Choice(plan: plan, seconds: seconds(plan, costs), volumes: volumes, costs: costs)
+  private func coarse(_ volumes: Volumes) -> Choice {
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    let groups = Groups(workers: cluster.workers, size: cluster.workers)
+    let lists = Steps.coarse(groups, shadows: volumes.shadows.count, fetchesAgain: false, in: memory)
+    return Choice(
+      groups: groups, shadows: volumes.shadows, orders: nil,
+      seconds: seconds(lists, StepCosts(groups, volumes, in: memory), overlaps: false))
   }
 
-  private mutating func everyExpert(_ request: PlanRequest) -> Choice {
-    let volumes = Volumes(everyExpertOf: none)
-    let plan = Plan.everyExpert(request, workers: cluster.workers, experts: traffic.experts)
-    let costs = simulator.costs(plan.groups, volumes, volumes.moving)
+  private func everyExpert(_ request: PlanRequest) -> (Plan, Seconds, Volumes) {
+    let volumes = Volumes(everyExpertOf: demand)
+    let groups = Groups(workers: cluster.workers, size: cluster.workers)
     // Where several copies are played as one, so are the steps of the plan.
-    let steps = (traffic.experts + volumes.copiesAtOnce - 1) / volumes.copiesAtOnce
-    let played = Plan.everyExpert(request, workers: cluster.workers, experts: steps)
-    return Choice(plan: plan, seconds: seconds(played, costs), volumes: volumes, costs: costs)
+    let copies = volumes.countOfCopies
+    let lists =
+      request.schedule == .coarse
+      ? Steps.coarse(groups, shadows: copies, fetchesAgain: true, in: memory)
+      : Steps.everyExpert(copies, in: memory)
+    let seconds = seconds(lists, StepCosts(groups, volumes, in: memory), overlaps: request.schedule != .coarse)
+    return (Plan.everyExpert(request, workers: cluster.workers, experts: demand.traffic.experts), seconds, volumes)
+  }
+
+  private func seconds(_ lists: (forward: Steps.List, backward: Steps.List), _ costs: StepCosts, overlaps: Bool)
+    -> Seconds
+  {
+    let (forward, backward) = (PlayedSteps(lists.forward, in: memory), PlayedSteps(lists.backward, in: memory))
+    return costs.forward(forward, overlaps: overlaps, slowdown: cluster.slowdown)
+      + costs.backward(backward, overlaps: overlaps, slowdown: cluster.slowdown)
   }
 
   private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
     let worth = sets[0].least * Planner.share / Planner.secondsEach
-    plays = worth > Double(Planner.fewestPlays) ? Int(min(worth, Double(Planner.mostPlays))) : Planner.fewestPlays
+    plays = max(Planner.fewestPlays, Int(min(worth, Double(Planner.mostPlays))))
+    // What was done before.
+    plays -= sets.count * (cluster.workers + Planner.playsEach) + cluster.workers * demand.traffic.experts / 8
     return best(sets, request, known)
   }
 
   /// The best schedule of the best of `sets`, which stand in the order of their least time; `known` is one already.
   private mutating func best(_ sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
     var chosen = known
     /// Nothing that overlaps such a set can take less.
     func isEnough(_ set: Candidate) -> Bool { chosen.map { $0.seconds < set.least * Planner.enough } ?? false }
     func choose(_ other: Choice) { if chosen.map({ other.seconds < $0.seconds }) ?? true { chosen = other } }
 
     // The first sets in groups of several sizes, each other one in the best of these; then in more, the best sets first.
-    let all = groupSizes(request)
-    var best = all.first
-    var tried: [(set: Candidate, volumes: Volumes, moving: RowsBetween, sizes: [Int], seconds: Seconds)] = []
+    var best = sizes.first
+    var tried: [(set: Candidate, volumes: Volumes, sizes: [Int], seconds: Seconds)] = []
     for (index, set) in sets.enumerated() where !isEnough(set) && (plays > 0 || index < Planner.fewestSets) {
-      let volumes = set.shadows.isEmpty ? none : shadowing(set.shadows)
-      let moving = volumes.moving
-      let first = best.map { pairwise($0, volumes, moving) } ?? coarse(volumes, moving)
+      let volumes = volumes(set.shadows)
+      let first = best.map { pairwise($0, volumes, below: chosen?.seconds) } ?? coarse(volumes)
       choose(first)
-      var sizes = best.map { [$0] } ?? []
+      var done = best.map { [$0] } ?? []
       if index < Planner.fewestSets {
-        for size in all where size != best && isAffordable(size, volumes, 4) && !isEnough(set) {
-          choose(pairwise(size, volumes, moving))
-          sizes.append(size)
+        for size in sizes where size != best && isAffordable(size, volumes, 4) && !isEnough(set) {
+          choose(pairwise(size, volumes, below: chosen?.seconds))
+          done.append(size)
         }
-        if let chosen, chosen.plan.overlaps { best = chosen.plan.groups.size }
+        if let chosen, chosen.orders != nil { best = chosen.groups.size }
       }
       tried.insert(
-        (set, volumes, moving, sizes, first.seconds),
-        at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
+        (set, volumes, done, first.seconds), at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
     }
-    for (set, volumes, moving, sizes, _) in tried {
-      for size in all where !sizes.contains(size) && isAffordable(size, volumes, 1) && !isEnough(set) {
-        choose(pairwise(size, volumes, moving))
+    for (set, volumes, done, _) in tried {
+      for size in sizes where !done.contains(size) && isAffordable(size, volumes, 1) && !isEnough(set) {
+        choose(pairwise(size, volumes, below: chosen?.seconds))
       }
     }
     // Where messages slow down much beside computing.
-    if request.schedule == .best, let first = tried.first { choose(coarse(first.volumes, first.moving)) }
+    if request.schedule == .best, let first = tried.first { choose(coarse(first.volumes)) }
     return chosen!
   }
 
   /// Prefixes of one order are not all sets: takes what is a little different for as long as that helps, where a plan is
   /// small enough to play many.
   private mutating func improve(_ chosen: inout Choice, _ request: PlanRequest) {
-    let (workers, experts) = (cluster.workers, traffic.experts)
+    let experts = demand.traffic.experts
     var (expert, unchanged) = (0, 0)
+    var volumes = Volumes(demand, shadows: chosen.shadows)
     while unchanged < experts {
       let before = chosen.seconds
-      for shadows in Planner.neighbours(of: chosen.volumes.shadows, expert) {
-        plays -= workers * (workers + experts) + Planner.playsEach
-        guard plays > 0 else { return }
-        let other = candidate(shadows)
-        if other.least < chosen.seconds { chosen = best([other], request, chosen) }
+      for (shadows, taken, left) in Planner.neighbours(of: chosen.shadows, expert) {
+        plays -= 4 * cluster.workers + Planner.playsEach
+        guard plays > 4 * playsOfTrip(chosen.groups, chosen.shadows.count) else { return }
+        let least = volumes.least(with: taken, without: left)
+        guard least < chosen.seconds else { continue }
+        chosen = best([Candidate(shadows: shadows, least: least)], request, chosen)
       }
+      if chosen.seconds < before { volumes = Volumes(demand, shadows: chosen.shadows) }
       unchanged = chosen.seconds < before ? 0 : unchanged + 1
       expert = (expert + 1) % experts
     }
   }
 
-  /// The lists of shadows in which one expert is in or out, in place of another, or fetched first or last.
-  private static func neighbours(of shadows: [Int], _ expert: Int) -> [[Int]] {
+  /// The lists of shadows in which one expert is in or out, in place of another, or fetched first or last; and which is
+  /// taken in and which left out.
+  private static func neighbours(of shadows: [Int], _ expert: Int) -> [(shadows: [Int], taken: Int?, left: Int?)] {
     guard shadows.contains(expert) else {
-      return [shadows + [expert]]
+      return [(shadows + [expert], expert, nil)]
         + shadows.indices.map {
           var other = shadows
           other[$0] = expert
-          return other
+          return (other, expert, shadows[$0])
         }
     }
     let others = shadows.filter { $0 != expert }
-    return [others] + [[expert] + others, others + [expert]].filter { $0 != shadows }
+    return [(others, nil, expert)]
+      + [[expert] + others, others + [expert]].filter { $0 != shadows }.map { ($0, nil, nil) }
   }
 
-  /// The best of `orders`, of each direction for itself: they follow one another.
-  private mutating func pairwise(_ size: Int, _ volumes: Volumes, _ moving: RowsBetween) -> Choice {
+  private mutating func pairwise(_ size: Int, _ volumes: Volumes, below limit: Seconds?) -> Choice {
     let groups = Groups(workers: cluster.workers, size: size)
     plays -= playsOfCosts(groups)
-    return pairwise(simulator.costs(groups, volumes, moving), volumes, Planner.orders(volumes))
+    return pairwise(groups, volumes, Planner.orders(volumes.shadows.isEmpty), below: limit)
   }
 
   /// Whether groups of `size` take no more than one part in `parts` of the plays that are left.
   private func isAffordable(_ size: Int, _ volumes: Volumes, _ parts: Int) -> Bool {
     let groups = Groups(workers: cluster.workers, size: size)
-    return parts * (playsOfCosts(groups) + plays(of: Planner.orders(volumes), groups, volumes)) < plays
+    let trips = 2 * Planner.orders(volumes.shadows.isEmpty).count
+    return parts * (playsOfCosts(groups) + trips * playsOfTrip(groups, volumes.shadows.count)) < plays
   }
   private func playsOfCosts(_ groups: Groups) -> Int {
-    Planner.playsEach + (simulator.knows(groups) ? 0 : groups.count * traffic.experts)
+    guard !demand.knows(groups) else { return Planner.playsEach }
+    let (workers, experts) = (cluster.workers, demand.traffic.experts)
+    return Planner.playsEach + groups.count * experts + workers * (workers + experts) / 16
   }
-  private func plays(of orders: [Order], _ groups: Groups, _ volumes: Volumes) -> Int {
-    orders.count * (Planner.playsEach + 2 * cluster.workers * 3 * (groups.count + volumes.shadows.count))
+  private func playsOfTrip(_ groups: Groups, _ shadows: Int) -> Int {
+    Planner.playsEach / 2 + cluster.workers * 3 * (groups.count + shadows)
   }
 
-  private mutating func pairwise(_ costs: StepCosts, _ volumes: Volumes, _ orders: [Order]) -> Choice {
-    let shadows = volumes.shadows.count
-    plays -= plays(of: orders, costs.groups, volumes)
-    let slowdown = cluster.slowdown
-    let forward = Planner.least(orders) {
-      costs.forward(list(.forward, costs.groups, shadows, $0), overlaps: true, slowdown: slowdown)
+  /// The best of `orders`, of each direction for itself: they follow one another. What cannot be below `limit` is not played
+  /// to its end, and said to take what it takes at least.
+  private mutating func pairwise(_ groups: Groups, _ volumes: Volumes, _ orders: [Order], below limit: Seconds?)
+    -> Choice
+  {
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    let (costs, shadows, slowdown) = (StepCosts(groups, volumes, in: memory), volumes.shadows.count, cluster.slowdown)
+    let each = playsOfTrip(groups, shadows)
+    let forward = least(orders, volumes.leastForward, each) {
+      let steps = PlayedSteps(Steps.forward(groups, shadows: shadows, $0, in: $1), in: $1)
+      return costs.forward(steps, overlaps: true, slowdown: slowdown)
     }
-    let backward = Planner.least(orders) {
-      costs.backward(list(.backward, costs.groups, shadows, $0), overlaps: true, slowdown: slowdown)
+    var choice = Choice(
+      groups: groups, shadows: volumes.shadows, orders: (forward.order, Order()),
+      seconds: forward.seconds + volumes.leastBackward)
+    if let limit, choice.seconds >= limit { return choice }
+    let backward = least(orders, volumes.leastBackward, each) {
+      let steps = PlayedSteps(Steps.backward(groups, shadows: shadows, $0, in: $1), in: $1)
+      return costs.backward(steps, overlaps: true, slowdown: slowdown)
     }
-    return Choice(
-      plan: .pairwise(costs.groups, shadows: volumes.shadows, forward: forward.order, backward: backward.order),
-      seconds: forward.seconds + backward.seconds, volumes: volumes, costs: costs)
+    choice.orders!.backward = backward.order
+    choice.seconds = forward.seconds + backward.seconds
+    return choice
   }
 
-  private enum Trip: Int { case forward, backward }
-
-  /// The steps of a pairwise exchange: the same for all sets of so many shadows.
-  private mutating func list(_ trip: Trip, _ groups: Groups, _ shadows: Int, _ order: Order) -> PlayedSteps {
-    let key = ((groups.size * (traffic.experts + 1) + shadows) * Order.count + order.number) * 2 + trip.rawValue
-    if let list = lists[key] { return list }
-    let list =
-      switch trip {
-      case .forward: PlayedSteps(Steps.forward(groups, shadows: shadows, order).list)
-      case .backward: PlayedSteps(Steps.backward(groups, shadows: shadows, order).list)
-      }
-    lists[key] = list
-    return list
-  }
-
-  private static func least(_ orders: [Order], _ seconds: (Order) -> Seconds) -> (order: Order, seconds: Seconds) {
-    var least = (order: orders[0], seconds: seconds(orders[0]))
-    for order in orders.dropFirst() {
-      let other = seconds(order)
+  /// Until one takes no more than `bound`, as none takes less; each some `plays`.
+  private mutating func least(_ orders: [Order], _ bound: Seconds, _ each: Int, _ seconds: (Order, Scratch) -> Seconds)
+    -> (order: Order, seconds: Seconds)
+  {
+    var least = (order: orders[0], seconds: Seconds(.infinity))
+    for (index, order) in orders.enumerated() where index == 0 || plays > 0 {
+      let mark = memory.mark
+      let other = seconds(order, memory)
+      memory.release(to: mark)
+      plays -= each
       if other < least.seconds { least = (order, other) }
+      if least.seconds.value <= bound.value * Planner.same { break }
     }
     return least
   }
+  /// Two times whose quotient is less are the same but for rounding.
+  private static let same = 1 + 1e-9
 
   /// The orders that matter most.
-  private static func orders(_ volumes: Volumes) -> [Order] {
-    volumes.shadows.isEmpty ? [Order()] : Order.Shadows.allCases.map { Order(shadows: $0) }
-  }
+  private static func orders(_ isWithoutShadows: Bool) -> [Order] { isWithoutShadows ? plainOrders : shadowOrders }
+  private static let plainOrders = [Order()]
+  private static let shadowOrders = Order.Shadows.allCases.map { Order(shadows: $0) }
 
   /// All orders of what is chosen.
-  private mutating func refine(_ chosen: inout Choice) {
+  private mutating func refine(_ chosen: inout Choice, _ volumes: Volumes) {
     var orders: [Order] = []
-    for shadows in chosen.plan.shadows.isEmpty ? [.late] : Order.Shadows.allCases {
+    for shadows in chosen.shadows.isEmpty ? [.late] : Order.Shadows.allCases {
       for rows in Order.Rows.allCases {
         for returns in Order.Returns.allCases { orders.append(Order(shadows: shadows, rows: rows, returns: returns)) }
       }
     }
-    let other = pairwise(chosen.costs, chosen.volumes, orders)
+    let other = pairwise(chosen.groups, volumes, orders, below: chosen.seconds)
     if other.seconds < chosen.seconds { chosen = other }
   }
 
@@ -310,23 +364,28 @@ package struct Planner {
     let workers = cluster.workers
     guard request.schedule != .coarse else { return [] }
     guard request.groupSize == 0 else { return [min(request.groupSize, workers)] }
-    var sizes = Set((1...workers).filter { workers % $0 == 0 })
-    for groups in 2...4 where groups < workers { sizes.insert((workers + groups - 1) / groups) }
-    for node in cluster.nodes where !node.seats.isEmpty { sizes.insert(node.seats.count) }
+    var isWorth = (0...workers).map { $0 > 0 && workers % $0 == 0 }
+    for groups in 2...4 where groups < workers { isWorth[(workers + groups - 1) / groups] = true }
+    for node in cluster.nodes where !node.seats.isEmpty { isWorth[node.seats.count] = true }
     let mostRounds = workers > Planner.manyWorkers ? Planner.manyWorkers / 2 : Planner.manyWorkers
-    let playable = sizes.filter {
-      let rounds = (workers + $0 - 1) / $0
-      return rounds == 1 || (rounds <= mostRounds && rounds * traffic.experts <= Planner.mostOfRounds)
-    }.sorted(by: >)
-    return workers <= Planner.fewWorkers ? playable + (1...workers).filter { !sizes.contains($0) } : playable
+    var sizes: [Int] = []
+    for size in stride(from: workers, to: 0, by: -1) where isWorth[size] {
+      let rounds = (workers + size - 1) / size
+      guard rounds == 1 || (rounds <= mostRounds && rounds * demand.traffic.experts <= Planner.mostOfRounds) else {
+        break
+      }
+      sizes.append(size)
+    }
+    if workers <= Planner.fewWorkers { for size in 1...workers where !isWorth[size] { sizes.append(size) } }
+    // Of many workers a new size is much to look at: first those that are most often best.
+    func distance(_ size: Int) -> Int { abs(Int(8 * log2(Double(workers) / Double(size) / Planner.usualGroups))) }
+    if workers > Planner.someWorkers { sizes.sort { (distance($0), $1) < (distance($1), $0) } }
+    return sizes
   }
 
   private static let manyWorkers = 64
+  private static let someWorkers = 32
+  private static let usualGroups = 8.0
   /// Up to so many, every size is looked at.
   private static let fewWorkers = 8
-
-  private func seconds(_ plan: Plan, _ costs: StepCosts) -> Seconds {
-    costs.forward(PlayedSteps(plan.forward), overlaps: plan.overlaps, slowdown: cluster.slowdown)
-      + costs.backward(PlayedSteps(plan.backward), overlaps: plan.overlaps, slowdown: cluster.slowdown)
-  }
 }

@@ -34,441 +34,250 @@ package struct Roofline {
 ///
 /// A shadowed expert is computed by each worker for its own rows, which then move no more; instead its parameters go
 /// around the ring of workers before, and its gradients after (§4.1).
-package struct Volumes {
-  private let cluster: Cluster
-  private let shape: Shape
-  private let traffic: Traffic
-  /// [E] rows of all workers.
-  package let rows: [Int]
-  /// [W] by seat: seconds for rows, forward or back, and for gradients of weights.
-  private var busy: [Double]
-  private var busyWithWeights: [Double]
-  /// As if nothing were shadowed.
-  private let between: RowsBetween
+package final class Volumes {
+  let demand: Demand
+  private let memory: Scratch
+  /// [W] by seat.
+  private let busy: Demand.ComputeSeconds
   /// [1, nodes] and [1, peers] rows on their way to experts; they come back in the other direction.
-  private var loads: LinkLoads
+  private let loads: LinkLoads
   /// [W] by seat: shadowed experts of each owner.
-  private var shadowsOf: [Int]
-  private(set) package var shadows: [Int] = []
+  let shadowsOf: UnsafeMutableBufferPointer<Int>
+  @exclusivity(unchecked) private(set) package var shadows: [Int] = []
   /// Shadows that are played as one step.
   package let copiesAtOnce: Int
-  /// [shadows / copiesAtOnce, W] by seat: the same of each worker's own rows.
-  private(set) package var shadowSeconds: [Double] = []
-  private(set) package var shadowWeightSeconds: [Double] = []
+  /// [shadows / copiesAtOnce, W] by seat: of each worker's own rows, where several are played as one.
+  private let buckets: Demand.ComputeSeconds?
   /// What all copies take one after the other, as every schedule moves them.
-  package var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
-  /// What no schedule of them takes less than: one after the other or, of two workers, on the hop that carries most.
-  package var leastCopying: Seconds {
-    guard cluster.workers == 2 else { return copying }
-    var most = 0.0
-    for (hop, cost) in cluster.ring.costs.enumerated() {
-      most = max(most, Double(fetches(over: hop) * (fetchesAgain ? 2 : 1) + reduces(over: hop)) * cost.slowness)
-    }
-    return Seconds(most * shape.expertBytes.value)
-  }
-  private var fetching = Seconds(0)
-  private var reducing = Seconds(0)
+  private var copying: Seconds { fetching * (fetchesAgain ? 2 : 1) + reducing }
+  @exclusivity(unchecked) private var fetching = Seconds(0)
+  @exclusivity(unchecked) private var reducing = Seconds(0)
   /// Whether backward fetches the shadows again (ZeRO stage 3).
-  package var fetchesAgain = false
+  @exclusivity(unchecked) package var fetchesAgain = false { didSet { links = nil } }
+  /// What the busiest links take forward and back, once asked for.
+  @exclusivity(unchecked) private var links: (forward: Seconds, backward: Seconds)?
 
   /// With `shadows`, in the order in which they are fetched. O(W·(W + E)).
-  package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, shadows: [Int] = []) {
-    self.init(
-      traffic, shape, cluster, rows: traffic.rowsOfExperts, RowsBetween(traffic, on: cluster), shadows, atOnce: 1)
+  package convenience init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, shadows: [Int] = []) {
+    self.init(Demand(traffic, shape, on: cluster), shadows: shadows)
   }
 
-  /// Other shadows of the same batch. O(E + W·shadows).
-  package init(_ other: Volumes, shadows: [Int]) {
-    self.init(other.traffic, other.shape, other.cluster, rows: other.rows, other.between, shadows, atOnce: 1)
+  /// Of a batch that was looked at before: O(E + W·shadows). In `memory`, as long as it is not released there.
+  package convenience init(_ demand: Demand, shadows: [Int] = [], in memory: Scratch = Scratch()) {
+    self.init(demand, shadows, atOnce: 0, memory)
   }
 
-  /// Every expert of the same batch shadowed, and fetched again for backward (ZeRO stage 3).
+  /// Every expert shadowed, and fetched again for backward (ZeRO stage 3).
   ///
   /// Where that makes more steps of more workers than are worth looking at, some copies are played as one, each still far
   /// shorter than the whole; implementations fetch in buckets, too. O(W·E).
-  package init(everyExpertOf other: Volumes) {
-    let experts = other.traffic.experts
-    let atOnce = max(1, (experts * other.traffic.workers + Volumes.mostSteps - 1) / Volumes.mostSteps)
-    self.init(
-      other.traffic, other.shape, other.cluster, rows: other.rows, other.between, Array(0..<experts), atOnce: atOnce)
+  package convenience init(everyExpertOf demand: Demand) {
+    let experts = demand.traffic.experts
+    let atOnce = max(1, (experts * demand.traffic.workers + Volumes.mostSteps - 1) / Volumes.mostSteps)
+    self.init(demand, Array(0..<experts), atOnce: atOnce, Scratch())
     fetchesAgain = true
   }
   private static let mostSteps = 1 << 22
 
-  private init(
-    _ traffic: Traffic, _ shape: Shape, _ cluster: Cluster, rows: [Int], _ between: RowsBetween, _ shadows: [Int],
-    atOnce: Int
-  ) {
-    (self.cluster, self.shape, self.traffic) = (cluster, shape, traffic)
-    (self.rows, self.between) = (rows, between)
-    busy = Array(repeating: 0, count: cluster.workers)
-    busyWithWeights = busy
-    shadowsOf = Array(repeating: 0, count: cluster.workers)
-    var isShadow = Array(repeating: false, count: traffic.experts)
+  /// `atOnce` is 0 where what single copies take is remembered for others of the same batch.
+  private init(_ demand: Demand, _ shadows: [Int], atOnce: Int, _ memory: Scratch) {
+    (self.demand, self.memory, copiesAtOnce) = (demand, memory, max(1, atOnce))
+    let (workers, experts) = (demand.traffic.workers, demand.traffic.experts)
+    busy = Demand.ComputeSeconds(workers, in: memory)
+    shadowsOf = memory.take(workers, of: 0)
+    let all = Groups(workers: workers, size: workers)
+    loads = LinkLoads(demand, without: shadows, all, in: memory)
+    buckets =
+      atOnce > 0 ? Demand.ComputeSeconds((shadows.count + atOnce - 1) / atOnce * workers, in: memory) : nil
+    let isShadow = memory.take(experts, of: false)
     for expert in shadows { isShadow[expert] = true }
-    copiesAtOnce = atOnce
-    let steps = (shadows.count + copiesAtOnce - 1) / copiesAtOnce
-    shadowSeconds = Array(repeating: 0, count: steps * cluster.workers)
-    shadowWeightSeconds = shadowSeconds
-    for seat in 0..<cluster.workers {
-      let (rates, rank) = (cluster.rates[seat], cluster.ranks[seat])
-      for expert in traffic.owned(by: rank) where !isShadow[expert] {
-        busy[seat] += shape.seconds(rows: rows[expert], at: rates).value
-        busyWithWeights[seat] += shape.weightSeconds(rows: rows[expert], at: rates).value
-      }
-      let counts = traffic.counts + rank * traffic.experts
-      for (index, expert) in shadows.enumerated() where counts[expert] > 0 {
-        let place = index / copiesAtOnce * cluster.workers + seat
-        shadowSeconds[place] += shape.seconds(rows: Int(counts[expert]), at: rates).value
-        shadowWeightSeconds[place] += shape.weightSeconds(rows: Int(counts[expert]), at: rates).value
-      }
-      for step in 0..<steps {
-        busy[seat] += shadowSeconds[step * cluster.workers + seat]
-        busyWithWeights[seat] += shadowWeightSeconds[step * cluster.workers + seat]
+    let each = experts / workers
+    for owner in 0..<workers {
+      let seat = demand.seats[owner]
+      for expert in owner * each..<(owner + 1) * each where !isShadow[expert] {
+        busy.rows[seat] += demand.whole.rows[expert]
+        busy.weights[seat] += demand.whole.weights[expert]
       }
     }
-    let all = Groups(workers: cluster.workers, size: cluster.workers)
-    loads = LinkLoads(between.without(shadows, of: traffic, on: cluster), on: cluster, all)
-    for expert in shadows { addCopy(of: expert) }
-  }
-
-  /// One shadow more. O(W).
-  package mutating func shadow(_ expert: Int) {
-    let owner = cluster.seats[traffic.owner(of: expert)]
-    busy[owner] -= shape.seconds(rows: rows[expert], at: cluster.rates[owner]).value
-    busyWithWeights[owner] -= shape.weightSeconds(rows: rows[expert], at: cluster.rates[owner]).value
-    for (seat, rates) in cluster.rates.enumerated() {
-      let rows = Int(traffic.counts[cluster.ranks[seat] * traffic.experts + expert])
-      let seconds = shape.seconds(rows: rows, at: rates).value
-      let weightSeconds = shape.weightSeconds(rows: rows, at: rates).value
-      shadowSeconds.append(seconds)
-      shadowWeightSeconds.append(weightSeconds)
-      busy[seat] += seconds
-      busyWithWeights[seat] += weightSeconds
-      if seat != owner, rows > 0 { loads.remove(Double(rows), from: seat, to: owner, on: cluster) }
+    for (index, expert) in shadows.enumerated() {
+      if let buckets { demand.addCopy(of: expert, to: buckets, at: index / atOnce * workers) }
+      addCopy(of: expert)
     }
-    addCopy(of: expert)
+    for step in 0..<countOfCopies { addBusy(computing(step)) }
   }
 
-  private mutating func addCopy(of expert: Int) {
-    let owner = cluster.seats[traffic.owner(of: expert)]
-    shadowsOf[owner] += 1
-    fetching = fetching + fetching(from: owner)
-    reducing = reducing + reducing(to: owner)
-    shadows.append(expert)
+  /// The same, to be changed in `memory`. O(W + links).
+  private init(copying other: Volumes, in memory: Scratch) {
+    precondition(other.buckets == nil)
+    (demand, copiesAtOnce, buckets, self.memory) = (other.demand, 1, nil, memory)
+    (busy, loads) = (
+      Demand.ComputeSeconds(copying: other.busy, in: memory), LinkLoads(copying: other.loads, in: memory)
+    )
+    (shadowsOf, shadows) = (memory.copy(other.shadowsOf), other.shadows)
+    (fetching, reducing, fetchesAgain) = (other.fetching, other.reducing, other.fetchesAgain)
   }
 
-  /// The rows that move.
-  package var moving: RowsBetween { between.without(shadows, of: traffic, on: cluster) }
+  /// What no schedule takes less than with one more shadow, or with that in place of another. O(W + links).
+  func least(with expert: Int?, without other: Int? = nil) -> Seconds {
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    let changed = Volumes(copying: self, in: memory)
+    if let other { changed.shadow(other, isMore: false) }
+    if let expert { changed.shadow(expert) }
+    return changed.least
+  }
+
+  /// One shadow more, or one less. O(W).
+  package func shadow(_ expert: Int, isMore: Bool = true) {
+    let (owner, sign) = (demand.owner(of: expert), isMore ? 1.0 : -1.0)
+    busy.rows[owner] -= sign * demand.whole.rows[expert]
+    busy.weights[owner] -= sign * demand.whole.weights[expert]
+    for seat in 0..<demand.traffic.workers where seat != owner {
+      let rows = demand.rows(from: seat, for: expert)
+      if rows > 0 { loads.remove(sign * Double(rows), from: seat, to: owner, round: 0, demand) }
+    }
+    let copy = demand.copy(of: expert)
+    addBusy((copy.rows.baseAddress!, copy.weights.baseAddress!), sign)
+    addCopy(of: expert, isMore: isMore)
+  }
+
+  private func addBusy(
+    _ copy: (rows: UnsafeMutablePointer<Double>, weights: UnsafeMutablePointer<Double>), _ sign: Double = 1
+  ) {
+    for seat in 0..<demand.traffic.workers {
+      busy.rows[seat] += sign * copy.rows[seat]
+      busy.weights[seat] += sign * copy.weights[seat]
+    }
+  }
+
+  private func addCopy(of expert: Int, isMore: Bool = true) {
+    links = nil
+    let (owner, sign) = (demand.owner(of: expert), isMore ? 1.0 : -1.0)
+    shadowsOf[owner] += isMore ? 1 : -1
+    fetching = fetching + fetching(from: owner) * sign
+    reducing = reducing + reducing(to: owner) * sign
+    if isMore { shadows.append(expert) } else { shadows.removeAll { $0 == expert } }
+  }
+
+  /// The copies as they are played.
+  package var countOfCopies: Int { (shadows.count + copiesAtOnce - 1) / copiesAtOnce }
+
+  /// [W] what each worker's own rows take in one of them.
+  func computing(_ copy: Int) -> (rows: UnsafeMutablePointer<Double>, weights: UnsafeMutablePointer<Double>) {
+    if let buckets {
+      let first = copy * demand.traffic.workers
+      return (buckets.rows.baseAddress! + first, buckets.weights.baseAddress! + first)
+    }
+    let one = demand.copy(of: shadows[copy])
+    return (one.rows.baseAddress!, one.weights.baseAddress!)
+  }
+
+  /// Rows that move from one seat to another's experts.
+  func rows(from source: Int, to target: Int) -> Int {
+    var rows = Int(demand.rows(from: source, to: target))
+    guard shadowsOf[target] > 0 else { return rows }
+    for expert in shadows where demand.owner(of: expert) == target { rows -= demand.rows(from: source, for: expert) }
+    return rows
+  }
 
   /// A broadcast does not go into its owner, a reduction not out of it.
   package func fetching(from owner: Int) -> Seconds {
-    cluster.around(shape.expertBytes, without: owner == 0 ? cluster.workers - 1 : owner - 1)
+    demand.cluster.around(demand.shape.expertBytes, without: owner == 0 ? demand.cluster.workers - 1 : owner - 1)
   }
-  package func reducing(to owner: Int) -> Seconds { cluster.around(shape.expertBytes, without: owner) }
+  package func reducing(to owner: Int) -> Seconds { demand.cluster.around(demand.shape.expertBytes, without: owner) }
 
   package var roofline: Roofline {
-    let (seconds, link) = longest {
-      bothWays(2 * $0, 2 * $1, copies: fetches(over: $2) * (fetchesAgain ? 2 : 1) + reduces(over: $2))
+    let again = fetchesAgain ? 2 : 1
+    let (seconds, link) = longest { both(2 * ($0 + $1), copies: fetches(over: $2) * again + reduces(over: $2)) }
+    var (busiest, most) = (0, -1.0)
+    for seat in 0..<demand.traffic.workers where busy.rows[seat] + busy.weights[seat] > most {
+      (busiest, most) = (seat, busy.rows[seat] + busy.weights[seat])
     }
     return Roofline(
-      compute: computing, communicate: communicating, busiestLink: seconds, link: link,
-      busiestSeat: busy.indices.max { busy[$0] + busyWithWeights[$0] < busy[$1] + busyWithWeights[$1] } ?? 0,
-      work: rows.reduce(Flops(0)) { $0 + shape.flops(rows: $1) }, workers: cluster.workers)
+      compute: computing, communicate: communicating, busiestLink: seconds, link: link, busiestSeat: busiest,
+      work: demand.rows.reduce(Flops(0)) { $0 + demand.shape.flops(rows: $1) }, workers: demand.traffic.workers)
   }
 
   /// One after the other.
   package var serial: Seconds { computing + communicating }
   /// Of the busiest worker forward and of the busiest one back: all meet in between.
-  private var computing: Seconds { busiest { rows, _ in rows } + busiest { $0 + $1 } }
-  private func busiest(_ seconds: (_ rows: Double, _ weights: Double) -> Double) -> Seconds {
+  private var computing: Seconds { busiestForward + busiestBackward }
+  private var busiestForward: Seconds {
     var most = 0.0
-    for seat in busy.indices { most = max(most, seconds(busy[seat], busyWithWeights[seat])) }
+    for seat in 0..<demand.traffic.workers { most = max(most, busy.rows[seat]) }
+    return Seconds(most)
+  }
+  private var busiestBackward: Seconds {
+    var most = 0.0
+    for seat in 0..<demand.traffic.workers { most = max(most, busy.rows[seat] + busy.weights[seat]) }
     return Seconds(most)
   }
   private var communicating: Seconds {
-    let there = busiestLink { up, down, _ in (up, down) }
-    let back = busiestLink { up, down, _ in (down, up) }
+    let there = longest { there, _, _ in there }.seconds
+    let back = longest { _, back, _ in back }.seconds
     return (there + back) * 2 + copying
   }
 
   /// No schedule is faster than its busiest worker, its busiest link, which carries rows there and back, and its copies.
-  package var leastForward: Seconds { max(busiest { rows, _ in rows }, linkForward, inSeries(fetching)) }
+  package var leastForward: Seconds { max(busiestForward, linkForward, inSeries(fetching)) }
   package var leastBackward: Seconds {
-    max(busiest { $0 + $1 }, linkBackward, inSeries(fetchesAgain ? fetching + reducing : reducing))
+    max(busiestBackward, linkBackward, inSeries(fetchesAgain ? fetching + reducing : reducing))
   }
   /// Every worker but one sends in a copy, and every one but one receives: of three and more, some do so in any two.
-  private func inSeries(_ copies: Seconds) -> Seconds { cluster.workers > 2 ? copies : Seconds(0) }
+  private func inSeries(_ copies: Seconds) -> Seconds { demand.traffic.workers > 2 ? copies : Seconds(0) }
   package var least: Seconds { leastForward + leastBackward }
-  package var linkForward: Seconds { busiestLink { bothWays($0, $1, copies: fetches(over: $2)) } }
-  package var linkBackward: Seconds {
-    busiestLink { bothWays($0, $1, copies: reduces(over: $2) + (fetchesAgain ? fetches(over: $2) : 0)) }
+  package var linkForward: Seconds { busiestLinks.forward }
+  package var linkBackward: Seconds { busiestLinks.backward }
+  private var busiestLinks: (forward: Seconds, backward: Seconds) {
+    if let links { return links }
+    let again = fetchesAgain ? 1 : 0
+    let found = (
+      forward: longest { both($0 + $1, copies: fetches(over: $2)) }.seconds,
+      backward: longest { both($0 + $1, copies: reduces(over: $2) + fetches(over: $2) * again) }.seconds
+    )
+    links = found
+    return found
+  }
+  /// What no schedule of the copies takes less than: one after the other or, of two workers, on the hop that carries most.
+  package var leastCopying: Seconds {
+    guard demand.traffic.workers == 2 else { return copying }
+    var most = 0.0
+    for (hop, cost) in demand.cluster.ring.costs.enumerated() {
+      most = max(most, Double(fetches(over: hop) * (fetchesAgain ? 2 : 1) + reduces(over: hop)) * cost.slowness)
+    }
+    return Seconds(most * demand.shape.expertBytes.value)
   }
 
-  private func bothWays(_ up: Double, _ down: Double, copies: Int) -> (Double, Double) {
-    let rows = up + down + Double(copies) * (shape.expertBytes / shape.rowBytes)
-    return (rows, rows)
+  /// Rows and copies of experts, in rows.
+  @inline(__always) private func both(_ rows: Double, copies: Int) -> Double {
+    copies == 0 ? rows : rows + Double(copies) * (demand.shape.expertBytes / demand.shape.rowBytes)
   }
 
   /// How many experts move over a hop of the ring, or a link on none.
-  private func fetches(over hop: Int) -> Int {
-    hop < 0 ? 0 : shadows.count - shadowsOf[hop + 1 == cluster.workers ? 0 : hop + 1]
+  @inline(__always) private func fetches(over hop: Int) -> Int {
+    hop < 0 ? 0 : shadows.count - shadowsOf[hop + 1 == demand.traffic.workers ? 0 : hop + 1]
   }
-  private func reduces(over hop: Int) -> Int { hop < 0 ? 0 : shadows.count - shadowsOf[hop] }
+  @inline(__always) private func reduces(over hop: Int) -> Int { hop < 0 ? 0 : shadows.count - shadowsOf[hop] }
 
-  /// Seconds of the link that takes longest, where `rows` says what one carries by what goes up and down on its way there.
-  private func busiestLink(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double)) -> Seconds
-  {
-    longest(rows).seconds
-  }
-
-  private func longest(_ rows: (_ up: Double, _ down: Double, _ hop: Int) -> (up: Double, down: Double))
+  /// Of the link that takes longest, where `rows` says what one carries by what goes over it and over its other direction on
+  /// the rows' way there.
+  @inline(__always)
+  private func longest(_ rows: (_ there: Double, _ back: Double, _ hop: Int) -> Double)
     -> (seconds: Seconds, link: Cluster.Link?)
   {
     var (longest, busiest) = (0.0, Cluster.Link?.none)
-    func see(_ time: Double, _ link: Cluster.Link) {
-      if time > longest { (longest, busiest) = (time, link) }
-    }
-    for (index, node) in cluster.nodes.enumerated().dropLast() {
+    let nodes = demand.nodes
+    for index in 0..<nodes.count - 1 {
       let (up, down) = (loads.up[index], loads.down[index])
-      see(rows(up, down, cluster.ring.up[index]).up * node.up.slowness, .up(index))
-      see(rows(up, down, cluster.ring.down[index]).down * node.down.slowness, .down(index))
+      let there = rows(up, down, demand.hopsUp[index]) * nodes[index].up.slowness
+      if there > longest { (longest, busiest) = (there, .up(index)) }
+      let back = rows(down, up, demand.hopsDown[index]) * nodes[index].down.slowness
+      if back > longest { (longest, busiest) = (back, .down(index)) }
     }
-    for (index, peer) in cluster.peers.enumerated() {
-      let carried = rows(loads.peers[index], loads.peers[index ^ 1], cluster.ring.peers[index]).up
-      see(carried * peer.cost.slowness, .peer(index))
+    for (index, peer) in demand.cluster.peers.enumerated() {
+      let time = rows(loads.peers[index], loads.peers[index ^ 1], demand.cluster.ring.peers[index]) * peer.cost.slowness
+      if time > longest { (longest, busiest) = (time, .peer(index)) }
     }
-    return (Seconds(longest * shape.rowBytes.value), busiest)
-  }
-}
-
-/// Rows from every worker to every other one's experts, by seat.
-package struct RowsBetween {
-  private let traffic: Traffic
-  private let ranks: [Int]
-  /// [W, W] sums over each owner's experts; nil where every worker has one expert and seats are ranks, so that the counts
-  /// are that themselves.
-  private let sums: [Double]?
-  /// Experts whose rows do not move, by their owners' seats.
-  private(set) var shadows: [Int: [Int]] = [:]
-  private let known = Known()
-
-  /// What was found of all rows, by group size.
-  private final class Known { var flows: [Int: LinkFlows] = [:] }
-
-  init(_ traffic: Traffic, on cluster: Cluster) {
-    (self.traffic, ranks) = (traffic, cluster.ranks)
-    let (workers, each) = (traffic.workers, traffic.experts / traffic.workers)
-    guard each > 1 || cluster.ranks != Array(0..<workers) else {
-      sums = nil
-      return
-    }
-    sums = [Double](unsafeUninitializedCapacity: workers * workers) { rows, count in
-      for seat in 0..<workers {
-        var next = traffic.counts + cluster.ranks[seat] * traffic.experts
-        for owner in 0..<workers {
-          var sum = 0
-          for expert in 0..<each { sum += Int(next[expert]) }
-          rows[seat * workers + cluster.seats[owner]] = Double(sum)
-          next += each
-        }
-      }
-      count = workers * workers
-    }
-  }
-
-  /// Those that still move if some experts are shadowed.
-  func without(_ shadows: [Int], of traffic: Traffic, on cluster: Cluster) -> RowsBetween {
-    guard !shadows.isEmpty else { return self }
-    var left = self
-    for expert in shadows { left.shadows[cluster.seats[traffic.owner(of: expert)], default: []].append(expert) }
-    return left
-  }
-
-  /// Whether every expert is shadowed.
-  var isStill: Bool { shadows.count == traffic.workers && shadows.reduce(0) { $0 + $1.value.count } == traffic.experts }
-
-  /// Rows for one expert.
-  @inline(__always) func rows(from seat: Int, for expert: Int) -> Double {
-    Double(traffic.counts[ranks[seat] * traffic.experts + expert])
-  }
-
-  /// Rows that move from one seat to another's experts.
-  func rows(from source: Int, to target: Int) -> Double {
-    let all = sums.map { $0[source * traffic.workers + target] } ?? rows(from: source, for: target)
-    guard let own = shadows[target] else { return all }
-    return own.reduce(all) { $0 - rows(from: source, for: $1) }
-  }
-
-  /// Adds what one seat has for each of some others, shadows included, to `sums`; returns the sum of these.
-  fileprivate func addAll(from source: Int, to targets: Range<Int>, _ sums: UnsafeMutablePointer<Double>) -> Double {
-    guard let own = self.sums else {
-      let from = traffic.counts + source * traffic.workers
-      var sum = 0
-      for target in targets {
-        let rows = from[target]
-        sums[target] += Double(rows)
-        sum &+= Int(rows)
-      }
-      return Double(sum)
-    }
-    return own.withUnsafeBufferPointer { own in
-      let from = own.baseAddress! + source * traffic.workers
-      var sum = 0.0
-      for target in targets {
-        sums[target] += from[target]
-        sum += from[target]
-      }
-      return sum
-    }
-  }
-
-  /// What all rows, shadows included, load on links; made once for each group size.
-  fileprivate func flows(on cluster: Cluster, _ groups: Groups) -> LinkFlows {
-    if let flows = known.flows[groups.size] { return flows }
-    var all = self
-    all.shadows = [:]
-    let flows = LinkFlows(all, on: cluster, groups)
-    known.flows[groups.size] = flows
-    return flows
-  }
-}
-
-/// Where the rows of each round of an exchange in groups begin and end, and where they turn from their way up to their way
-/// down: sums over subtrees are the loads of links. Whole numbers, so sums are exact.
-private struct LinkFlows {
-  /// [rounds, nodes]
-  var up, down: [Double]
-  /// [rounds, peers]
-  var peers: [Double]
-  /// [rounds, groups] that each group sends.
-  var sent: [Double]
-
-  /// A flow counts once where it begins and off again where its way up ends. O(W² + rounds·nodes).
-  init(_ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
-    let (workers, nodes, rounds, links) = (cluster.workers, cluster.nodes.count, groups.count, cluster.peers.count)
-    up = Array(repeating: 0, count: rounds * nodes)
-    down = up
-    peers = Array(repeating: 0, count: rounds * links)
-    sent = Array(repeating: 0, count: rounds * rounds)
-    for seat in 0..<workers {
-      let own = groups.group(of: seat)
-      // To the seats `first..<end` of one group, for all of which the way turns at `top`.
-      func flow(_ first: Int, _ end: Int, top: Int, group: Int) {
-        let round = groups.round(from: own, to: group)
-        let sum = down.withUnsafeMutableBufferPointer { down in
-          between.addAll(from: seat, to: first..<end, down.baseAddress! + round * nodes)
-        }
-        up[round * nodes + seat] += sum
-        up[round * nodes + top] -= sum
-        down[round * nodes + top] -= sum
-        sent[round * rounds + own] += sum
-      }
-      var (node, next) = (seat, seat + 1)
-      while next < workers {
-        while cluster.nodes[node].seats.upperBound <= next { node = cluster.nodes[node].parent }
-        let group = groups.group(of: next)
-        let end = min(cluster.nodes[node].seats.upperBound, groups.seats(of: group).upperBound)
-        flow(next, end, top: node, group: group)
-        next = end
-      }
-      (node, next) = (seat, seat)
-      while next > 0 {
-        while cluster.nodes[node].seats.lowerBound >= next { node = cluster.nodes[node].parent }
-        let group = groups.group(of: next - 1)
-        let first = max(cluster.nodes[node].seats.lowerBound, groups.seats(of: group).lowerBound)
-        flow(first, next, top: node, group: group)
-        next = first
-      }
-      for link in cluster.peersFrom[seat] {
-        for target in cluster.nodes[cluster.peers[link].to].seats {
-          divert(between.rows(from: seat, to: target), from: seat, to: target, over: link, on: cluster, groups)
-        }
-      }
-    }
-  }
-
-  /// What a peer link carries leaves the tree where that link begins, and is back where it ends.
-  private mutating func divert(
-    _ rows: Double, from seat: Int, to target: Int, over link: Int, on cluster: Cluster, _ groups: Groups
-  ) {
-    let round = groups.round(from: groups.group(of: seat), to: groups.group(of: target))
-    let (nodes, top) = (round * cluster.nodes.count, cluster.meeting(seat, target))
-    up[nodes + top] += rows
-    up[nodes + cluster.peers[link].from] -= rows
-    down[nodes + top] += rows
-    down[nodes + cluster.peers[link].to] -= rows
-    peers[round * cluster.peers.count + link] += rows
-  }
-
-  /// Takes what goes to one seat's shadows off. O(W·shadows).
-  mutating func remove(_ experts: [Int], at target: Int, _ between: RowsBetween, on cluster: Cluster, _ groups: Groups)
-  {
-    let (nodes, rounds, targetGroup) = (cluster.nodes.count, groups.count, groups.group(of: target))
-    func take(_ seats: Range<Int>, top: Int) {
-      for seat in seats {
-        let rows = experts.reduce(0.0) { $0 + between.rows(from: seat, for: $1) }
-        guard rows > 0 else { continue }
-        let own = groups.group(of: seat)
-        let round = groups.round(from: own, to: targetGroup)
-        up[round * nodes + seat] -= rows
-        up[round * nodes + top] += rows
-        down[round * nodes + target] -= rows
-        down[round * nodes + top] += rows
-        sent[round * rounds + own] -= rows
-        if !cluster.peers.isEmpty, let link = cluster.peer(from: seat, to: target) {
-          divert(-rows, from: seat, to: target, over: link, on: cluster, groups)
-        }
-      }
-    }
-    var node = target
-    while cluster.nodes[node].parent != node {
-      let (inside, top) = (cluster.nodes[node].seats, cluster.nodes[node].parent)
-      let all = cluster.nodes[top].seats
-      take(all.lowerBound..<inside.lowerBound, top: top)
-      take(inside.upperBound..<all.upperBound, top: top)
-      node = top
-    }
-  }
-}
-
-/// The rows that each round of an exchange in groups loads on each directed link.
-struct LinkLoads {
-  /// [rounds, nodes] on the links up from each node and down to it.
-  private(set) var up: [Double]
-  private(set) var down: [Double]
-  /// [rounds, peers]
-  private(set) var peers: [Double]
-  /// [rounds, groups] that each group sends.
-  private(set) var sent: [Double]
-
-  /// O(W² + rounds·nodes) for the first rows of a batch in such groups, O(W·shadows + rounds·nodes) for others of it.
-  init(_ between: RowsBetween, on cluster: Cluster, _ groups: Groups) {
-    let (nodes, rounds, links) = (cluster.nodes.count, groups.count, cluster.peers.count)
-    guard !between.isStill else {
-      up = Array(repeating: 0, count: rounds * nodes)
-      down = up
-      peers = Array(repeating: 0, count: rounds * links)
-      sent = Array(repeating: 0, count: rounds * rounds)
-      return
-    }
-    var flows = between.flows(on: cluster, groups)
-    for (seat, experts) in between.shadows {
-      flows.remove(experts, at: seat, between, on: cluster, groups)
-    }
-    (up, down, peers, sent) = (flows.up, flows.down, flows.peers, flows.sent)
-    for round in 0..<rounds {
-      for node in round * nodes..<(round + 1) * nodes - 1 {
-        let parent = round * nodes + cluster.nodes[node - round * nodes].parent
-        up[parent] += up[node]
-        down[parent] += down[node]
-      }
-    }
-  }
-
-  /// Takes rows of the only round off their way.
-  mutating func remove(_ rows: Double, from source: Int, to target: Int, on cluster: Cluster) {
-    cluster.walk(
-      from: source, to: target, up: { up[$0] -= rows }, down: { down[$0] -= rows }, peer: { peers[$0] -= rows })
+    return (Seconds(longest * demand.shape.rowBytes.value), busiest)
   }
 }

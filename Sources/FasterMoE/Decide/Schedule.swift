@@ -148,109 +148,155 @@ package struct Order: Equatable, Sendable {
   package var rows = Rows.ownFirst
   package var returns = Returns.afterSends
 
-  /// Its own number for each order, below `count`.
-  var number: Int { (shadows == .early ? 1 : 0) + (rows == .ownLast ? 2 : 0) + (returns == .between ? 4 : 0) }
-  static let count = 8
 }
 
 extension Plan {
   /// FastMoE's: everything after everything else, nothing overlaps.
   package static func coarse(workers: Int, shadows: [Int], fetchesAgain: Bool = false) -> Plan {
-    let rounds = workers > 1 ? [Action.send(round: 0)] : []
-    let fetches = shadows.indices.map { Action.fetch(shadow: $0) }
-    let returns = workers > 1 ? [Action.giveBack(round: 0)] : []
-    var (forward, backward) = (Steps(), Steps())
-    forward.inSeries(fetches + rounds + [.compute(round: 0)] + shadows.indices.map { .computeShadow($0) } + returns)
-    backward.inSeries(
-      (fetchesAgain ? fetches : []) + rounds + shadows.indices.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }
-        + [.compute(round: 0), .gradWeights] + returns + shadows.indices.map { .reduce(shadow: $0) })
+    let (groups, memory) = (Groups(workers: workers, size: workers), Scratch())
+    let lists = Steps.coarse(groups, shadows: shadows.count, fetchesAgain: fetchesAgain, in: memory)
     return Plan(
-      groups: Groups(workers: workers, size: workers), shadows: shadows, forward: forward.list,
-      backward: backward.list, overlaps: false)
+      groups: groups, shadows: shadows, forward: Array(lists.forward), backward: Array(lists.backward), overlaps: false)
   }
 
   /// The paper's smart schedule, its order of choice for each direction; in backward the gradients of weights come last,
   /// while rows are on their way back.
   package static func pairwise(_ groups: Groups, shadows: [Int], forward: Order, backward: Order) -> Plan {
-    Plan(
-      groups: groups, shadows: shadows, forward: Steps.forward(groups, shadows: shadows.count, forward).list,
-      backward: Steps.backward(groups, shadows: shadows.count, backward).list, overlaps: true)
+    let memory = Scratch()
+    return Plan(
+      groups: groups, shadows: shadows,
+      forward: Array(Steps.forward(groups, shadows: shadows.count, forward, in: memory)),
+      backward: Array(Steps.backward(groups, shadows: shadows.count, backward, in: memory)), overlaps: true)
   }
 
   /// ZeRO stage 3: every expert is shadowed, the next ones fetched while one computes, and fetched again for backward.
   package static func everyExpert(workers: Int, experts: Int) -> Plan {
-    let all = 0..<experts
-    var (forward, backward) = (Steps(), Steps())
-    forward.merge(all.map { .fetch(shadow: $0) }, all.map { .computeShadow($0) }, Steps.cause)
-    backward.merge(
-      all.flatMap { $0 == 0 ? [.fetch(shadow: 0)] : [.fetch(shadow: $0), .reduce(shadow: $0 - 1)] }
-        + [.reduce(shadow: experts - 1)],
-      all.flatMap { [.computeShadow($0), .gradShadowWeights($0)] }, Steps.cause)
+    let memory = Scratch()
+    let lists = Steps.everyExpert(experts, in: memory)
     return Plan(
-      groups: Groups(workers: workers, size: workers), shadows: Array(all), forward: forward.list,
-      backward: backward.list, overlaps: true)
+      groups: Groups(workers: workers, size: workers), shadows: Array(0..<experts), forward: Array(lists.forward),
+      backward: Array(lists.backward), overlaps: true)
   }
 }
 
-/// Makes lists of steps.
-struct Steps {
-  private(set) var list: [Step] = []
+/// Makes lists of steps, in memory that whoever asks for them lends: they are made and played by the hundred.
+enum Steps {
+  typealias List = UnsafeMutableBufferPointer<Step>
 
-  static func forward(_ groups: Groups, shadows: Int, _ order: Order) -> Steps {
-    let copies = (0..<shadows).map { Action.computeShadow($0) }
-    let fetches = (0..<shadows).map { Action.fetch(shadow: $0) }
-    let rounds = computes(groups, order)
-    var steps = Steps()
-    switch order.shadows {
-    case .early:
-      steps.merge(
-        fetches + exchange(groups, order, between: []), rounds.prefix(1) + copies + rounds.dropFirst(), cause)
-    case .late: steps.merge(exchange(groups, order, between: fetches), rounds + copies, cause)
-    }
-    return steps
+  static func coarse(_ groups: Groups, shadows: Int, fetchesAgain: Bool, in memory: Scratch)
+    -> (forward: List, backward: List)
+  {
+    let moves = groups.workers > 1
+    var forward = Lane(3 + 2 * shadows, in: memory)
+    for shadow in 0..<shadows { forward.add(.fetch(shadow: shadow)) }
+    if moves { forward.add(.send(round: 0)) }
+    forward.add(.compute(round: 0))
+    for shadow in 0..<shadows { forward.add(.computeShadow(shadow)) }
+    if moves { forward.add(.giveBack(round: 0)) }
+
+    var backward = Lane(4 + 4 * shadows, in: memory)
+    if fetchesAgain { for shadow in 0..<shadows { backward.add(.fetch(shadow: shadow)) } }
+    if moves { backward.add(.send(round: 0)) }
+    backward.addCopiesWithGradients(shadows)
+    backward.add(.compute(round: 0))
+    backward.add(.gradWeights)
+    if moves { backward.add(.giveBack(round: 0)) }
+    for shadow in 0..<shadows { backward.add(.reduce(shadow: shadow)) }
+    return (inSeries(forward, in: memory), inSeries(backward, in: memory))
   }
 
-  static func backward(_ groups: Groups, shadows: Int, _ order: Order) -> Steps {
-    let copies = (0..<shadows).flatMap { [Action.computeShadow($0), .gradShadowWeights($0)] }
-    let reduces = (0..<shadows).map { Action.reduce(shadow: $0) }
-    let rounds = computes(groups, order)
-    var steps = Steps()
-    switch order.shadows {
-    case .early:
-      steps.merge(exchange(groups, order, between: reduces), copies + rounds + [.gradWeights], cause)
-    case .late:
-      steps.merge(exchange(groups, order, between: []) + reduces, rounds + copies + [.gradWeights], cause)
+  static func forward(_ groups: Groups, shadows: Int, _ order: Order, in memory: Scratch) -> List {
+    var communication = Lane(2 * groups.count + shadows, in: memory)
+    var computation = Lane(groups.count + shadows, in: memory)
+    func fetch(_ lane: inout Lane) { for shadow in 0..<shadows { lane.add(.fetch(shadow: shadow)) } }
+    func compute(_ lane: inout Lane) { for shadow in 0..<shadows { lane.add(.computeShadow(shadow)) } }
+    let isEarly = order.shadows == .early
+    if isEarly { fetch(&communication) }
+    communication.addExchange(groups, order) { if !isEarly { fetch(&$0) } }
+    for index in 0..<groups.count {
+      computation.add(.compute(round: round(index, groups, order)))
+      if isEarly, index == 0 { compute(&computation) }
     }
-    return steps
+    if !isEarly { compute(&computation) }
+    return merged(communication, computation, in: memory)
+  }
+
+  static func backward(_ groups: Groups, shadows: Int, _ order: Order, in memory: Scratch) -> List {
+    var communication = Lane(2 * groups.count + shadows, in: memory)
+    var computation = Lane(groups.count + 2 * shadows + 1, in: memory)
+    func reduce(_ lane: inout Lane) { for shadow in 0..<shadows { lane.add(.reduce(shadow: shadow)) } }
+    let isEarly = order.shadows == .early
+    communication.addExchange(groups, order) { if isEarly { reduce(&$0) } }
+    if !isEarly { reduce(&communication) }
+    if isEarly { computation.addCopiesWithGradients(shadows) }
+    for index in 0..<groups.count { computation.add(.compute(round: round(index, groups, order))) }
+    if !isEarly { computation.addCopiesWithGradients(shadows) }
+    computation.add(.gradWeights)
+    return merged(communication, computation, in: memory)
+  }
+
+  static func everyExpert(_ experts: Int, in memory: Scratch) -> (forward: List, backward: List) {
+    var (fetches, computes) = (Lane(experts, in: memory), Lane(experts, in: memory))
+    for expert in 0..<experts {
+      fetches.add(.fetch(shadow: expert))
+      computes.add(.computeShadow(expert))
+    }
+    var (moves, gradients) = (Lane(2 * experts, in: memory), Lane(2 * experts, in: memory))
+    for expert in 0..<experts {
+      moves.add(.fetch(shadow: expert))
+      if expert > 0 { moves.add(.reduce(shadow: expert - 1)) }
+    }
+    moves.add(.reduce(shadow: experts - 1))
+    gradients.addCopiesWithGradients(experts)
+    return (merged(fetches, computes, in: memory), merged(moves, gradients, in: memory))
   }
 
   /// The rounds in their order.
-  private static func rounds(_ groups: Groups, _ order: Order) -> [Int] {
+  private static func round(_ index: Int, _ groups: Groups, _ order: Order) -> Int {
     switch order.rows {
-    case .ownFirst: Array(0..<groups.count)
-    case .ownLast: Array(1..<groups.count) + [0]
+    case .ownFirst: index
+    case .ownLast: index + 1 < groups.count ? index + 1 : 0
     }
   }
 
-  private static func computes(_ groups: Groups, _ order: Order) -> [Action] {
-    rounds(groups, order).map { .compute(round: $0) }
-  }
+  /// Actions one after the other.
+  private struct Lane {
+    let actions: UnsafeMutableBufferPointer<Action>
+    private(set) var count = 0
 
-  /// Sends and returns; `between` stands after the last send and before what has not come back by then.
-  private static func exchange(_ groups: Groups, _ order: Order, between: [Action]) -> [Action] {
-    // Groups of one have nothing to exchange within.
-    let moving = rounds(groups, order).filter { $0 > 0 || groups.size > 1 }
-    let lag = order.returns == .between ? 2 : moving.count
-    var actions: [Action] = []
-    for (index, round) in moving.enumerated() {
-      actions.append(.send(round: round))
-      if index >= lag { actions.append(.giveBack(round: moving[index - lag])) }
+    /// Has room for `most`.
+    init(_ most: Int, in memory: Scratch) { actions = memory.take(most) }
+
+    mutating func add(_ action: Action) {
+      actions[count] = action
+      count += 1
     }
-    return actions + between + moving.suffix(lag).map { .giveBack(round: $0) }
+
+    mutating func addCopiesWithGradients(_ shadows: Int) {
+      for shadow in 0..<shadows {
+        add(.computeShadow(shadow))
+        add(.gradShadowWeights(shadow))
+      }
+    }
+
+    /// Sends and returns; what `between` adds stands after the last send and before what has not come back by then.
+    mutating func addExchange(_ groups: Groups, _ order: Order, between: (inout Lane) -> Void) {
+      // Groups of one have nothing to exchange within.
+      let moving = groups.size > 1 ? groups.count : groups.count - 1
+      let skipped = groups.size == 1 && order.rows == .ownFirst ? 1 : 0
+      func moved(_ index: Int) -> Int { round(skipped + index, groups, order) }
+      let lag = order.returns == .between ? 2 : moving
+      for index in 0..<moving {
+        add(.send(round: moved(index)))
+        if index >= lag { add(.giveBack(round: moved(index - lag))) }
+      }
+      between(&self)
+      for index in max(0, moving - lag)..<moving { add(.giveBack(round: moved(index))) }
+    }
   }
 
   /// The step of the other lane that must come first.
-  static func cause(of action: Action) -> Action? {
+  private static func cause(of action: Action) -> Action? {
     switch action {
     case .send, .fetch, .gradWeights, .gradShadowWeights: nil
     case .giveBack(let round): .compute(round: round)
@@ -262,43 +308,45 @@ struct Steps {
 
   /// One list of two lanes, every step after what it waits for and communication as early as that allows.
   ///
-  /// An action waits only for a cause that is in the lists: own rows need no send, backward no second fetch.
-  mutating func merge(_ communication: [Action], _ computation: [Action], _ cause: (Action) -> Action?) {
+  /// An action waits only for a cause that is in the lanes: own rows need no send, backward no second fetch.
+  private static func merged(_ communication: Lane, _ computation: Lane, in memory: Scratch) -> List {
     let width = communication.count + computation.count
-    list.reserveCapacity(width)
-    // By action: -2 not in the lists, -1 not yet in this one, else its place.
-    var places = [Int](repeating: -2, count: Action.kinds * width)
-    for action in communication { places[action.number(width)] = -1 }
-    for action in computation { places[action.number(width)] = -1 }
-    /// Where the cause stands; nil while it is missing.
+    let list: List = memory.take(width)
+    // By action: -2 not in the lanes, -1 not yet in the list, else its place there.
+    let places = memory.take(Action.kinds * width, of: -2)
+    for index in 0..<communication.count { places[communication.actions[index].number(width)] = -1 }
+    for index in 0..<computation.count { places[computation.actions[index].number(width)] = -1 }
+    /// Where the cause stands, -2 if there is none; nil while it is missing.
     func after(_ action: Action) -> Int? {
-      guard let cause = cause(action), case let place = places[cause.number(width)], place > -2 else { return -1 }
+      guard let cause = cause(of: action), case let place = places[cause.number(width)], place > -2 else { return -2 }
       return place < 0 ? nil : place
     }
-    func add(_ action: Action, after place: Int) {
-      places[action.number(width)] = list.count
-      // On the same lane it is before this one anyway.
-      let isOther = place >= 0 && list[place].action.communicates != action.communicates
-      list.append(Step(action: action, after: isOther ? place : -1))
-    }
     var (sent, computed) = (0, 0)
-    while sent < communication.count || computed < computation.count {
-      if sent < communication.count, let place = after(communication[sent]) {
-        add(communication[sent], after: place)
+    for next in 0..<width {
+      let (action, cause): (Action, Int)
+      if sent < communication.count, let place = after(communication.actions[sent]) {
+        (action, cause) = (communication.actions[sent], place)
         sent += 1
       } else {
         precondition(computed < computation.count, "two lanes wait for each other")
-        add(computation[computed], after: after(computation[computed])!)
+        (action, cause) = (computation.actions[computed], after(computation.actions[computed])!)
         computed += 1
       }
+      places[action.number(width)] = next
+      // On the same lane it is before this one anyway.
+      let isOther = cause >= 0 && list[cause].action.communicates != action.communicates
+      list[next] = Step(action: action, after: isOther ? cause : -1)
     }
+    return list
   }
 
   /// Each after the one before it.
-  mutating func inSeries(_ actions: [Action]) {
-    for action in actions {
-      let isOther = list.last.map { $0.action.communicates != action.communicates } ?? false
-      list.append(Step(action: action, after: isOther ? list.count - 1 : -1))
+  private static func inSeries(_ lane: Lane, in memory: Scratch) -> List {
+    let list: List = memory.take(lane.count)
+    for next in 0..<lane.count {
+      let isOther = next > 0 && lane.actions[next - 1].communicates != lane.actions[next].communicates
+      list[next] = Step(action: lane.actions[next], after: isOther ? next - 1 : -1)
     }
+    return list
   }
 }

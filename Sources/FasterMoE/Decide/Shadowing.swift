@@ -4,21 +4,21 @@ package enum Shadowing {
   ///
   /// The formulas know one bandwidth, that of the slowest link, and one speed, the slowest worker's peak. They leave out
   /// what still moves next to shadows (eq. 8), so the set may cost more than it saves. `.best` does not rely on them.
-  /// Also returns what they promise, without and with the set. O(E·W).
-  package static func paper(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster, rows: [Int]? = nil)
-    -> (experts: [Int], without: Seconds, with: Seconds)
-  {
+  /// Also returns what they promise, without and with the set. O((E + W)·shadows).
+  package static func paper(_ demand: Demand) -> (experts: [Int], without: Seconds, with: Seconds) {
+    let (traffic, shape, cluster, rows) = (demand.traffic, demand.shape, demand.cluster, demand.rows)
     let workers = traffic.workers
     let peak = cluster.rates.reduce(cluster.rates[0].products.peak) { min($0, $1.products.peak) }
     let bandwidth = cluster.slowestLink
     /// Three computes of the busiest worker.
     func computing(_ loads: [Int]) -> Seconds { shape.flops(rows: loads.reduce(0, max)) / peak }
 
-    let rows = rows ?? traffic.rowsOfExperts
     var loads = (0..<workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
     let imbalanced = computing(loads) + shape.rowBytes * (4 * Double(loads.reduce(0, max))) / bandwidth  // eq. 7
     var (least, shadows) = (imbalanced, [Int]())
-    for expert in rows.indices.sorted(by: { (rows[$1], $0) < (rows[$0], $1) }) {
+    var isLeft = [Bool](repeating: true, count: rows.count)
+    while let expert = highest(rows, isLeft) {
+      isLeft[expert] = false
       let owner = traffic.owner(of: expert)
       var moved = loads
       for worker in 0..<workers where worker != owner {
@@ -34,37 +34,56 @@ package enum Shadowing {
     }
     return (shadows, imbalanced, least)
   }
+
+  /// The first of those with most rows.
+  private static func highest(_ rows: UnsafeMutableBufferPointer<Int>, _ isLeft: [Bool]) -> Int? {
+    var highest: Int?
+    for expert in 0..<rows.count where isLeft[expert] {
+      if highest.map({ rows[$0] < rows[expert] }) ?? true { highest = expert }
+    }
+    return highest
+  }
 }
 
 /// Experts in the order in which shadowing them relieves most: again and again the busiest worker's most popular one among
-/// those that others send rows to. Every prefix is worth a look. O(W) for the next.
+/// those that others send rows to. Every prefix is worth a look. O(E + W) for the next.
 package struct ByExcess: Sequence, IteratorProtocol {
-  private let traffic: Traffic
-  private let rows: [Int]
-  /// [W] each worker's experts with rows from others, the least popular first.
-  private var left: [[Int]]
+  private let demand: Demand
+  /// [E] whether an expert that others send rows to did not come yet.
+  private var isLeft: [Bool]
+  /// [W]
   private var loads: [Int]
   private let slowness: [Double]
 
-  /// `rows` [E] of all workers. O(E·log E).
-  package init(_ traffic: Traffic, rows: [Int], on cluster: Cluster) {
-    (self.traffic, self.rows) = (traffic, rows)
-    left = (0..<traffic.workers).map { worker in
-      traffic.owned(by: worker).filter { rows[$0] > Int(traffic.counts[worker * traffic.experts + $0]) }
-        .sorted { (rows[$0], $1) < (rows[$1], $0) }
+  /// O(E + W).
+  package init(_ demand: Demand) {
+    self.demand = demand
+    let (traffic, rows) = (demand.traffic, demand.rows)
+    isLeft = [Bool](repeating: false, count: rows.count)
+    loads = [Int](repeating: 0, count: traffic.workers)
+    for worker in 0..<traffic.workers {
+      for expert in traffic.owned(by: worker) {
+        isLeft[expert] = rows[expert] > Int(traffic.counts[worker * traffic.experts + expert])
+        loads[worker] += rows[expert]
+      }
     }
-    loads = (0..<traffic.workers).map { worker in traffic.owned(by: worker).reduce(0) { $0 + rows[$1] } }
-    slowness = cluster.seats.map { 1 / cluster.rates[$0].products.peak.value }
+    slowness = demand.cluster.seats.map { 1 / demand.cluster.rates[$0].products.peak.value }
   }
 
   package mutating func next() -> Int? {
+    let (traffic, rows) = (demand.traffic, demand.rows)
     var (busiest, most) = (-1, -1.0)
-    for worker in loads.indices where !left[worker].isEmpty {
+    for worker in loads.indices {
       let load = Double(loads[worker]) * slowness[worker]
-      if load > most { (busiest, most) = (worker, load) }
+      if load > most, traffic.owned(by: worker).contains(where: { isLeft[$0] }) { (busiest, most) = (worker, load) }
     }
     guard busiest >= 0 else { return nil }
-    let expert = left[busiest].removeLast()
+    // Of those with equal rows the first.
+    var expert = -1
+    for other in traffic.owned(by: busiest) where isLeft[other] {
+      if expert < 0 || rows[expert] < rows[other] { expert = other }
+    }
+    isLeft[expert] = false
     for worker in loads.indices { loads[worker] += Int(traffic.counts[worker * traffic.experts + expert]) }
     loads[busiest] -= rows[expert]
     return expert

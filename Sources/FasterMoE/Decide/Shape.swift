@@ -31,17 +31,24 @@ package struct Shape: Equatable {
   /// Useful floating-point operations that `rows` rows cost an expert, forward and backward: three products a matrix.
   package func flops(rows: Int) -> Flops { Flops(Double(rows) * Double(6 * matrices) * Double(model) * Double(hidden)) }
 
-  /// How long a worker takes for rows of one expert, forward or back.
-  package func seconds(rows: Int, at rates: WorkerRates) -> Seconds {
-    guard rows > 0 else { return Seconds(0) }
-    return Flops(flops(rows: rows).value / 3) / rates.products.rate(rows: rows) + rowBytes * Double(rows)
-      / rates.rowHandling
+  /// How long a worker takes for rows of one expert, forward or back, and for the gradients of the expert's weights.
+  package func seconds(rows: Int, at rates: WorkerRates) -> (rows: Seconds, weights: Seconds) {
+    seconds(rows: rows, at: rates, handling(at: rates))
   }
 
-  /// How long it takes for the gradients of the expert's weights.
-  package func weightSeconds(rows: Int, at rates: WorkerRates) -> Seconds {
-    rows > 0 ? Flops(flops(rows: rows).value / 3) / rates.weightGrads.rate(rows: rows) : Seconds(0)
+  /// The same with `handling(at: rates)`.
+  @inline(__always)
+  func seconds(rows: Int, at rates: WorkerRates, _ handling: Seconds) -> (rows: Seconds, weights: Seconds) {
+    guard rows > 0 else { return (Seconds(0), Seconds(0)) }
+    let (flops, each) = (Double(rows) * flopsEach, rates.secondsOfFlop(rows: rows))
+    return (Seconds(flops * each.products) + handling * Double(rows), Seconds(flops * each.weightGrads))
   }
+
+  /// Of a row, once forward and once back.
+  func handling(at rates: WorkerRates) -> Seconds { rowBytes / rates.rowHandling }
+
+  /// Of a row in each of its three products, forward, back and for gradients of weights.
+  private var flopsEach: Double { Double(2 * matrices) * Double(model) * Double(hidden) }
 
   /// What a row is on its way to an expert and back.
   package var rowBytes: Bytes { Bytes(Double(model * MemoryLayout<Float>.stride)) }

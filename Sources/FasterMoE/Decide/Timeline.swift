@@ -1,32 +1,51 @@
-/// A list of steps that is played again and again, and where times are kept while later steps wait for them.
+/// A list of steps, and where times are kept while later steps wait for them.
 package struct PlayedSteps {
-  package let list: [Step]
+  fileprivate let list: Steps.List
   /// The row of each step's times, or -1 if no later step waits for it; a row serves again once nobody waits any more.
-  fileprivate let rows: [Int]
+  fileprivate let rows: UnsafeMutableBufferPointer<Int>
   fileprivate let countOfRows: Int
+  /// Holds them.
+  fileprivate let memory: Scratch
 
   package init(_ list: [Step]) {
-    self.list = list
-    var lastUse = Array(repeating: -1, count: list.count)
-    for (index, step) in list.enumerated() where step.after >= 0 { lastUse[step.after] = index }
-    var (rows, free, count) = (lastUse, [Int](), 0)
-    for (index, step) in list.enumerated() {
+    let memory = Scratch()
+    self.init(memory.copy(list), in: memory)
+  }
+
+  /// A list that is in `memory`.
+  init(_ list: Steps.List, in memory: Scratch) {
+    rows = memory.take(list.count, of: -1)
+    (self.list, self.memory) = (list, memory)
+    let mark = memory.mark
+    for index in 0..<list.count where list[index].after >= 0 { rows[list[index].after] = index }
+    let lastUse = memory.copy(rows)
+    let free: UnsafeMutableBufferPointer<Int> = memory.take(list.count + 1)
+    var (left, count) = (0, 0)
+    for index in 0..<list.count {
       // Taken before the other is given back: a step reads and writes its times worker by worker.
       if lastUse[index] >= 0 {
-        if free.isEmpty {
-          free.append(count)
-          count += 1
+        if left == 0 {
+          free[0] = count
+          (left, count) = (1, count + 1)
         }
-        rows[index] = free.removeLast()
+        left -= 1
+        rows[index] = free[left]
       }
-      if step.after >= 0, lastUse[step.after] == index { free.append(rows[step.after]) }
+      let after = list[index].after
+      if after >= 0, lastUse[after] == index {
+        free[left] = rows[after]
+        left += 1
+      }
     }
-    (self.rows, countOfRows) = (rows, count)
+    countOfRows = count
+    memory.release(to: mark)
   }
 
   /// All times are kept.
-  fileprivate init(keepingAllOf list: [Step]) {
-    (self.list, rows, countOfRows) = (list, Array(list.indices), list.count)
+  fileprivate init(keepingAllOf list: Steps.List, in memory: Scratch) {
+    rows = memory.take(list.count)
+    for index in 0..<list.count { rows[index] = index }
+    (self.list, countOfRows, self.memory) = (list, list.count, memory)
   }
 }
 
@@ -45,83 +64,64 @@ package struct Timeline {
   /// O(steps·W).
   package init(_ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double) {
     workers = costs.groups.workers
-    let count = steps.count * workers
-    (starts, ends, sent, received, end) = withUnsafePointer(to: costs) {
-      let steps = PlayedSteps(keepingAllOf: steps)
-      var player = Player(steps, $0, overlaps: overlaps, slowdown: slowdown, keepsMoves: true)
-      defer { player.free() }
-      let end = player.play()
-      return (
-        Array(UnsafeBufferPointer(start: player.starts, count: count)),
-        Array(UnsafeBufferPointer(start: player.ends, count: count)), player.sent, player.received, end
-      )
-    }
+    let memory = Scratch()
+    let played = PlayedSteps(keepingAllOf: memory.copy(steps), in: memory)
+    var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: true)
+    end = player.play()
+    (starts, ends) = (Array(player.starts), Array(player.ends))
+    (sent, received) = (Array(player.sent), Array(player.received))
   }
 
   /// Only when it is over.
   static func end(of steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double) -> Seconds {
-    withUnsafePointer(to: costs) {
-      // What slows computing down is looked up later.
-      let steps = slowdown > 1 ? PlayedSteps(keepingAllOf: steps.list) : steps
-      var player = Player(steps, $0, overlaps: overlaps, slowdown: slowdown, keepsMoves: false)
-      defer { player.free() }
-      return player.play()
-    }
+    let mark = steps.memory.mark
+    defer { steps.memory.release(to: mark) }
+    // What slows computing down is looked up later.
+    let played = slowdown > 1 ? PlayedSteps(keepingAllOf: steps.list, in: steps.memory) : steps
+    var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: false)
+    return player.play()
   }
 
-  /// All its lanes are in two pieces of memory, as plans are played by the hundred.
+  /// All that it keeps is in the memory of the steps.
   private struct Player {
-    let steps: [Step]
-    let costs: UnsafePointer<StepCosts>
+    let steps: Steps.List
+    let costs: StepCosts
     let groups: Groups
     let overlaps: Bool
     let stretch: Double
     let slowdown: Double
-    let rows: [Int]
+    let rows: UnsafeMutableBufferPointer<Int>
     /// [rows, W]
-    let starts, ends: UnsafeMutablePointer<Double>
+    let starts, ends: UnsafeMutableBufferPointer<Double>
     /// [W] when each worker has sent, received and computed all of its steps so far. It sends and receives at once.
-    let sending, receiving, computing: UnsafeMutablePointer<Double>
+    let sending, receiving, computing: UnsafeMutableBufferPointer<Double>
     /// [groups] when all workers of each may send, have all to send and may receive, and what then happens.
-    let mayStart, mayEnd, mayReceive: UnsafeMutablePointer<Double>
-    let sends, receives: UnsafeMutablePointer<(start: Double, end: Double)>
+    let mayStart, mayEnd, mayReceive: UnsafeMutableBufferPointer<Double>
+    let sends, receives: UnsafeMutableBufferPointer<(start: Double, end: Double)>
     /// [steps, W], or nothing.
-    var sent, received: [Range<Double>]
+    let sent, received: UnsafeMutableBufferPointer<Range<Double>>
     /// The communication steps so far; [W] the first of them that may not have ended when the next compute begins. For
     /// what slows computing down.
-    var talks: [Int] = []
-    var firstTalk: [Int]
+    let talks, firstTalk: UnsafeMutableBufferPointer<Int>
+    var countOfTalks = 0
 
-    init(
-      _ steps: PlayedSteps, _ costs: UnsafePointer<StepCosts>, overlaps: Bool, slowdown: Double, keepsMoves: Bool
-    ) {
-      (self.steps, rows, self.costs, groups) = (steps.list, steps.rows, costs, costs.pointee.groups)
-      (self.overlaps, self.slowdown, stretch) = (overlaps, slowdown, overlaps ? costs.pointee.stretch : 1)
-      let (workers, times) = (groups.workers, steps.countOfRows * groups.workers)
-      let doubles = 2 * times + 3 * workers + 3 * groups.count
-      starts = .allocate(capacity: doubles)
-      starts.update(repeating: 0, count: doubles)
-      ends = starts + times
-      sending = ends + times
-      receiving = sending + workers
-      computing = receiving + workers
-      mayStart = computing + workers
-      mayEnd = mayStart + groups.count
-      mayReceive = mayEnd + groups.count
-      sends = .allocate(capacity: 2 * groups.count)
-      receives = sends + groups.count
-      sent = Array(repeating: 0..<0, count: keepsMoves ? steps.list.count * workers : 0)
-      received = sent
-      firstTalk = Array(repeating: 0, count: slowdown > 1 ? workers : 0)
-    }
-
-    func free() {
-      starts.deallocate()
-      sends.deallocate()
+    init(_ steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double, keepsMoves: Bool) {
+      (self.steps, rows, self.costs, groups) = (steps.list, steps.rows, costs, costs.groups)
+      (self.overlaps, self.slowdown, stretch) = (overlaps, slowdown, overlaps ? costs.stretch : 1)
+      let (memory, workers, times) = (steps.memory, groups.workers, steps.countOfRows * groups.workers)
+      (starts, ends) = (memory.take(times, of: 0), memory.take(times, of: 0))
+      (sending, receiving) = (memory.take(workers, of: 0), memory.take(workers, of: 0))
+      computing = memory.take(workers, of: 0)
+      (mayStart, mayEnd, mayReceive) = (memory.take(groups.count), memory.take(groups.count), memory.take(groups.count))
+      (sends, receives) = (memory.take(groups.count), memory.take(groups.count))
+      let moves = keepsMoves ? steps.list.count * workers : 0
+      (sent, received) = (memory.take(moves, of: 0..<0), memory.take(moves, of: 0..<0))
+      talks = memory.take(slowdown > 1 ? steps.list.count : 0)
+      firstTalk = memory.take(slowdown > 1 ? workers : 0, of: 0)
     }
 
     mutating func play() -> Seconds {
-      for index in steps.indices { play(index) }
+      for index in 0..<steps.count { play(index) }
       var last = 0.0
       for seat in 0..<groups.workers { last = max(last, sending[seat], receiving[seat], computing[seat]) }
       return Seconds(last)
@@ -133,99 +133,105 @@ package struct Timeline {
       case .send(let round): send(index, round)
       case .giveBack(let round): giveBack(index, round)
       case .fetch(let shadow):
-        collect(index, costs.pointee.fetches[shadow] * stretch, notInto: costs.pointee.owners[shadow])
+        collect(index, costs.fetches[shadow] * stretch, notInto: costs.owners[shadow])
       case .reduce(let shadow):
-        let owner = costs.pointee.owners[shadow]
-        collect(index, costs.pointee.reduces[shadow] * stretch, notInto: owner + 1 == workers ? 0 : owner + 1)
-      case .compute(let round): compute(index, costs.pointee.computes, costs.pointee.blocks, first: round * workers)
-      case .computeShadow(let shadow): compute(index, costs.pointee.shadows, nil, first: shadow * workers)
-      case .gradShadowWeights(let shadow): compute(index, costs.pointee.shadowWeights, nil, first: shadow * workers)
-      case .gradWeights: compute(index, costs.pointee.gradWeights, nil, first: 0)
+        let owner = costs.owners[shadow]
+        collect(index, costs.reduces[shadow] * stretch, notInto: owner + 1 == workers ? 0 : owner + 1)
+      case .compute(let round): compute(index, costs.computes, costs.blockShares, first: round * workers)
+      case .computeShadow(let shadow): compute(index, costs.shadows, nil, first: shadow * workers)
+      case .gradShadowWeights(let shadow): compute(index, costs.shadowWeights, nil, first: shadow * workers)
+      case .gradWeights: compute(index, costs.gradWeights, nil, first: 0)
       }
     }
 
     /// A worker that nothing reaches in a step waits for nothing.
-    private static let never = (start: -Double.infinity, end: -Double.infinity)
+    private static let never = -Double.infinity
 
     /// Every group to its target, where anything moves.
     private mutating func send(_ index: Int, _ round: Int) {
       reach(index)
+      let cause = causes(index)
       for group in 0..<groups.count {
-        (mayStart[group], mayReceive[group]) = (0, 0)
+        var (start, receive) = (0.0, 0.0)
         for seat in groups.seats(of: group) {
-          mayStart[group] = max(mayStart[group], sending[seat], done(index, seat))
-          mayReceive[group] = max(mayReceive[group], receiving[seat])
+          start = max(start, sending[seat], cause < 0 ? 0 : ends[cause + seat])
+          receive = max(receive, receiving[seat])
         }
-        (sends[group], receives[group]) = (Player.never, Player.never)
+        (mayStart[group], mayReceive[group]) = (start, receive)
+        (sends[group], receives[group]) = ((Player.never, Player.never), (Player.never, Player.never))
       }
-      for group in 0..<groups.count where costs.pointee.isSent[round * groups.count + group] {
+      for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
         let target = groups.target(of: group, round: round)
         let start = max(mayStart[group], mayReceive[target])
-        sends[group] = (start, start + costs.pointee.sends[round * groups.count + group] * stretch)
+        sends[group] = (start, start + costs.sends[round * groups.count + group] * stretch)
         receives[target] = sends[group]
       }
-      finish(index)
+      finish(index, isSend: true)
     }
 
     /// Every target to its group: as soon as the first results are there, not before the last.
     private mutating func giveBack(_ index: Int, _ round: Int) {
-      let after = steps[index].after
       reach(index)
+      let cause = causes(index)
+      let shares = costs.blockShares.baseAddress! + round * groups.workers
       for group in 0..<groups.count {
-        (mayStart[group], mayEnd[group], mayReceive[group]) = (0, 0, 0)
+        var (start, end, receive) = (0.0, 0.0, 0.0)
         for seat in groups.seats(of: group) {
-          let end = done(index, seat)
-          var first = end
-          if overlaps, after >= 0 {
-            let start = starts[rows[after] * groups.workers + seat]
-            first = start + (end - start) / costs.pointee.blocks[round * groups.workers + seat]
+          let last = cause < 0 ? 0 : ends[cause + seat]
+          var first = last
+          if overlaps, cause >= 0 {
+            let begin = starts[cause + seat]
+            first = begin + (last - begin) * shares[seat]
           }
-          mayStart[group] = max(mayStart[group], sending[seat], first)
-          mayEnd[group] = max(mayEnd[group], end)
-          mayReceive[group] = max(mayReceive[group], receiving[seat])
+          start = max(start, sending[seat], first)
+          end = max(end, last)
+          receive = max(receive, receiving[seat])
         }
-        (sends[group], receives[group]) = (Player.never, Player.never)
+        (mayStart[group], mayEnd[group], mayReceive[group]) = (start, end, receive)
+        (sends[group], receives[group]) = ((Player.never, Player.never), (Player.never, Player.never))
       }
-      for group in 0..<groups.count where costs.pointee.isSent[round * groups.count + group] {
+      for group in 0..<groups.count where costs.isSent[round * groups.count + group] {
         let (target, seconds) = (
-          groups.target(of: group, round: round), costs.pointee.returns[round * groups.count + group] * stretch
+          groups.target(of: group, round: round), costs.returns[round * groups.count + group] * stretch
         )
         let start = max(mayStart[target], mayReceive[group])
-        var blocks = Double.infinity
-        for seat in groups.seats(of: target) {
-          blocks = min(blocks, costs.pointee.blocks[round * groups.workers + seat])
-        }
-        receives[group] = (start, max(start + seconds, mayEnd[target] + seconds / blocks))
+        var share = 0.0
+        for seat in groups.seats(of: target) { share = max(share, shares[seat]) }
+        receives[group] = (start, max(start + seconds, mayEnd[target] + seconds * share))
         sends[target] = receives[group]
       }
-      finish(index)
+      finish(index, isSend: false)
     }
 
     /// Moves all lanes to where `sends` and `receives` end.
-    private mutating func finish(_ index: Int) {
-      var isSend = false
-      if case .send = steps[index].action { isSend = true }
+    private mutating func finish(_ index: Int, isSend: Bool) {
+      let (keepsAll, place) = (!sent.isEmpty, rows[index] * groups.workers)
       for group in 0..<groups.count {
         let (sent, received) = (sends[group], receives[group])
         // What computing waits for is what comes in, if it need not wait for all.
-        let whole = isSend && overlaps ? received : (min(sent.start, received.start), max(sent.end, received.end))
+        var whole = received
+        if !isSend || !overlaps { whole = (min(sent.start, received.start), max(sent.end, received.end)) }
         for seat in groups.seats(of: group) {
           sending[seat] = max(sending[seat], sent.end)
           receiving[seat] = max(receiving[seat], received.end)
-          keep(index, seat, sent, received)
+          if keepsAll {
+            self.sent[index * groups.workers + seat] = max(0, sent.start)..<max(0, sent.end)
+            self.received[index * groups.workers + seat] = max(0, received.start)..<max(0, received.end)
+          }
+          guard place >= 0 else { continue }
           let least = overlaps ? 0 : max(sending[seat], receiving[seat])
-          finish(index, seat, max(least, whole.0), max(least, whole.1))
+          starts[place + seat] = max(least, whole.start)
+          ends[place + seat] = max(least, whole.end)
         }
       }
-      if slowdown > 1 { talks.append(index) }
+      noteTalk(index)
     }
 
     /// Along the ring of all workers, from the one that it does not go into to the one before.
     private mutating func collect(_ index: Int, _ seconds: Double, notInto first: Int) {
       let last = first == 0 ? groups.workers - 1 : first - 1
       reach(index)
-      let (after, count) = (steps[index].after, groups.workers)
-      let cause = after < 0 ? -1 : rows[after] * count
+      let (cause, count) = (causes(index), groups.workers)
       var start = 0.0
       for seat in 0..<count {
         if seat != last { start = max(start, sending[seat], cause < 0 ? 0 : ends[cause + seat]) }
@@ -245,49 +251,51 @@ package struct Timeline {
         starts[place + seat] = isHere ? 0 : start
         ends[place + seat] = isHere ? 0 : overlaps ? end : max(sending[seat], receiving[seat])
       }
-      if slowdown > 1 { talks.append(index) }
+      noteTalk(index)
+    }
+
+    private mutating func noteTalk(_ index: Int) {
+      guard slowdown > 1 else { return }
+      talks[countOfTalks] = index
+      countOfTalks += 1
     }
 
     /// Where nothing overlaps, a worker does not get to a step before what the step comes after is over, even if it has no
     /// part in it.
     private mutating func reach(_ index: Int) {
-      guard !overlaps, steps[index].after >= 0 else { return }
+      let cause = causes(index)
+      guard !overlaps, cause >= 0 else { return }
       for seat in 0..<groups.workers {
-        sending[seat] = max(sending[seat], done(index, seat))
-        receiving[seat] = max(receiving[seat], done(index, seat))
+        sending[seat] = max(sending[seat], ends[cause + seat])
+        receiving[seat] = max(receiving[seat], ends[cause + seat])
       }
     }
 
+    /// Where the times stand of the step of the other lane that this one waits for; -1: it waits for none.
     @inline(__always)
-    private mutating func keep(
-      _ index: Int, _ seat: Int, _ sent: (start: Double, end: Double), _ received: (start: Double, end: Double)
+    private func causes(_ index: Int) -> Int {
+      let after = steps[index].after
+      return after < 0 ? -1 : rows[after] * groups.workers
+    }
+
+    /// `shares` of the blocks in which rows come and are computed; nil: all must be there first.
+    private mutating func compute(
+      _ index: Int, _ seconds: UnsafeMutableBufferPointer<Double>, _ shares: UnsafeMutableBufferPointer<Double>?,
+      first: Int
     ) {
-      guard !self.sent.isEmpty else { return }
-      self.sent[index * groups.workers + seat] = max(0, sent.start)..<max(0, sent.end)
-      self.received[index * groups.workers + seat] = max(0, received.start)..<max(0, received.end)
-    }
-
-    /// When the step of the other lane that this one waits for is over.
-    @inline(__always)
-    private func done(_ index: Int, _ seat: Int) -> Double {
-      let after = steps[index].after
-      return after < 0 ? 0 : ends[rows[after] * groups.workers + seat]
-    }
-
-    /// `blocks`: rows come and are computed in so many; nil: all must be there first.
-    private mutating func compute(_ index: Int, _ seconds: [Double], _ blocks: [Double]?, first: Int) {
-      let after = steps[index].after
+      let (cause, place) = (causes(index), rows[index] * groups.workers)
       for seat in 0..<groups.workers {
-        let (work, end) = (seconds[first + seat], done(index, seat))
+        let (work, end) = (seconds[first + seat], cause < 0 ? 0 : ends[cause + seat])
         var (start, least) = (max(computing[seat], end), 0.0)
-        if overlaps, let blocks, after >= 0 {
-          let begin = starts[rows[after] * groups.workers + seat]
-          start = max(computing[seat], begin + (end - begin) / blocks[first + seat])
-          least = end + work / blocks[first + seat]
+        if overlaps, let shares, cause >= 0 {
+          let begin = starts[cause + seat]
+          start = max(computing[seat], begin + (end - begin) * shares[first + seat])
+          least = end + work * shares[first + seat]
         }
         let stop = max(least, slowdown > 1 ? slowed(work, from: start, seat) : start + work)
-        finish(index, seat, start, stop)
         computing[seat] = stop
+        guard place >= 0 else { continue }
+        (starts[place + seat], ends[place + seat]) = (start, stop)
       }
     }
 
@@ -296,11 +304,11 @@ package struct Timeline {
     /// The list has communication as early as it can be, so what moves during this step stands before it.
     private mutating func slowed(_ work: Double, from start: Double, _ seat: Int) -> Double {
       let workers = groups.workers
-      while firstTalk[seat] < talks.count, ends[talks[firstTalk[seat]] * workers + seat] <= start {
+      while firstTalk[seat] < countOfTalks, ends[talks[firstTalk[seat]] * workers + seat] <= start {
         firstTalk[seat] += 1
       }
       var (time, left) = (start, work)
-      for talk in talks[firstTalk[seat]...] {
+      for talk in talks[firstTalk[seat]..<countOfTalks] {
         let (begins, stops) = (starts[talk * workers + seat], ends[talk * workers + seat])
         guard stops > time else { continue }
         if begins > time {
@@ -313,13 +321,6 @@ package struct Timeline {
         time = stops
       }
       return time + left
-    }
-
-    @inline(__always)
-    private func finish(_ index: Int, _ seat: Int, _ start: Double, _ end: Double) {
-      guard rows[index] >= 0 else { return }
-      starts[rows[index] * groups.workers + seat] = start
-      ends[rows[index] * groups.workers + seat] = end
     }
   }
 }

@@ -27,15 +27,6 @@ package struct Traffic {
   /// Rows that `worker` computes.
   package func rows(at worker: Int) -> Int { (0..<workers).reduce(0) { $0 + rows(from: $1, to: worker) } }
 
-  /// [E] rows of all workers for each expert. O(W·E).
-  package var rowsOfExperts: [Int] {
-    var rows = [Int](repeating: 0, count: experts)
-    for source in 0..<workers {
-      for expert in 0..<experts { rows[expert] += Int(counts[source * experts + expert]) }
-    }
-    return rows
-  }
-
   /// Rows of all workers for `expert`.
   package func rows(for expert: Int) -> Int { (0..<workers).reduce(0) { $0 + Int(counts[$1 * experts + expert]) } }
 }

@@ -21,13 +21,29 @@ package struct ComputeRates: Sendable, BitwiseCopyable, Equatable {
 }
 
 /// How fast one worker trains, for predictions.
-package final class WorkerRates: Sendable {
+package final class WorkerRates: @unchecked Sendable {
   package let products: RateCurve
   package let weightGrads: RateCurve
   package let rowHandling: ByteRate
+  /// Seconds of a flop by rows, of the first few; planning asks for them by the thousand.
+  private let slowness: UnsafeMutableBufferPointer<(products: Double, weightGrads: Double)>
 
   package init(products: RateCurve, weightGrads: RateCurve, rowHandling: ByteRate) {
     (self.products, self.weightGrads, self.rowHandling) = (products, weightGrads, rowHandling)
+    slowness = .allocate(capacity: 257)
+    for rows in 0..<slowness.count {
+      slowness.initializeElement(
+        at: rows, to: (1 / products.rate(rows: rows).value, 1 / weightGrads.rate(rows: rows).value))
+    }
+  }
+
+  deinit { slowness.deallocate() }
+
+  /// Seconds that one flop takes where an expert has so many rows.
+  @inline(__always)
+  func secondsOfFlop(rows: Int) -> (products: Double, weightGrads: Double) {
+    rows < slowness.count
+      ? slowness[rows] : (1 / products.rate(rows: rows).value, 1 / weightGrads.rate(rows: rows).value)
   }
 
   package convenience init(_ measured: ComputeRates) {
@@ -63,26 +79,44 @@ package struct RateCurve: Equatable, Sendable {
     }
   }
   package let samples: [Sample]
-  private let logs: [Double]
+  /// From each sample to the next, by the logarithm of the rows.
+  private let stretches: [Stretch]
   /// The highest rate at any number of rows.
   package let peak: FlopRate
+
+  private struct Stretch: Equatable {
+    /// The rows at its end, and the logarithm of those at its beginning.
+    let end: Int
+    let log: Double
+    /// The rate at its beginning, and by how much it grows with the logarithm.
+    let rate, growth: Double
+  }
 
   /// `samples` are not empty.
   package init(_ samples: [Sample]) {
     self.samples = samples
-    logs = samples.map { log(Double($0.rows)) }
+    stretches = zip(samples, samples.dropFirst()).map {
+      let growth = ($1.rate.value - $0.rate.value) / (Logarithm.of($1.rows) - Logarithm.of($0.rows))
+      return Stretch(end: $1.rows, log: Logarithm.of($0.rows), rate: $0.rate.value, growth: growth)
+    }
     peak = samples.reduce(FlopRate(0)) { max($0, $1.rate) }
   }
 
   /// The rate at `rows`, between two samples by the logarithm of the rows, outside them the nearest.
   package func rate(rows: Int) -> FlopRate {
     if rows <= samples[0].rows { return samples[0].rate }
-    for above in 1..<samples.count where rows <= samples[above].rows {
-      let share = (log(Double(rows)) - logs[above - 1]) / (logs[above] - logs[above - 1])
-      return FlopRate(samples[above - 1].rate.value * (1 - share) + samples[above].rate.value * share)
+    for stretch in stretches where rows <= stretch.end {
+      return FlopRate(stretch.rate + (Logarithm.of(rows) - stretch.log) * stretch.growth)
     }
     return samples[samples.count - 1].rate
   }
+}
+
+/// Natural logarithms, which planning asks for by the thousand.
+private enum Logarithm {
+  private static let known = (0..<4096).map { log(Double($0)) }
+
+  static func of(_ rows: Int) -> Double { rows < known.count ? known[rows] : log(Double(rows)) }
 }
 
 /// The value in the middle, which no single disturbance moves far; of at least one.

@@ -1,0 +1,216 @@
+/// What one batch asks of a cluster, as far as no shadow and no schedule changes it: found once, when first asked for.
+package final class Demand {
+  package let traffic: Traffic
+  package let shape: Shape
+  package let cluster: Cluster
+  /// [E] rows of all workers.
+  package let rows: UnsafeMutableBufferPointer<Int>
+  /// [W] the rank at each seat, and the seat of each rank.
+  let ranks, seats: UnsafeMutableBufferPointer<Int>
+  /// [nodes] of the cluster, and the hop of its ring that each one's links are part of.
+  let nodes: UnsafeMutableBufferPointer<Cluster.Node>
+  let hopsUp, hopsDown: UnsafeMutableBufferPointer<Int>
+  /// [E] what all rows of each expert take at its owner.
+  let whole: ComputeSeconds
+  private let memory = Scratch()
+  /// [W, W] rows from each seat to each one's experts; nil where every worker has one expert and seats are ranks, so that
+  /// the counts are that themselves.
+  private let sums: UnsafeMutableBufferPointer<Double>?
+  /// [E] the same of each worker's own rows, by seat.
+  private let copies: UnsafeMutableBufferPointer<ComputeSeconds?>
+  /// Of the groups that were asked for; few.
+  @exclusivity(unchecked) private var loads: [(size: Int, loads: LinkLoads)] = []
+  @exclusivity(unchecked) private var rounds: [(size: Int, rounds: RoundSeconds)] = []
+
+  /// Seconds for rows, forward or back, and for gradients of weights.
+  struct ComputeSeconds {
+    let rows, weights: UnsafeMutableBufferPointer<Double>
+
+    init(_ count: Int, in memory: Scratch) { (rows, weights) = (memory.take(count, of: 0), memory.take(count, of: 0)) }
+
+    init(copying other: ComputeSeconds, in memory: Scratch) {
+      (rows, weights) = (memory.copy(other.rows), memory.copy(other.weights))
+    }
+
+    @inline(__always) func add(_ seconds: (rows: Seconds, weights: Seconds), at place: Int) {
+      rows[place] += seconds.rows.value
+      weights[place] += seconds.weights.value
+    }
+  }
+
+  /// Of groups of one size: [rounds, E] what a round's rows take at the owner, and in how many blocks they come; [rounds, W]
+  /// by seat the sums of all experts of each owner, of weights [W] over all rounds.
+  struct RoundSeconds {
+    let each: ComputeSeconds
+    let blocksOfEach: UnsafeMutableBufferPointer<Double>
+    let rows, weights, blocks: UnsafeMutableBufferPointer<Double>
+  }
+
+  /// O(W·E).
+  package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
+    (self.traffic, self.shape, self.cluster) = (traffic, shape, cluster)
+    let (workers, experts) = (traffic.workers, traffic.experts)
+    (ranks, seats, nodes) = (memory.copy(cluster.ranks), memory.copy(cluster.seats), memory.copy(cluster.nodes))
+    (hopsUp, hopsDown) = (memory.copy(cluster.ring.up), memory.copy(cluster.ring.down))
+    rows = memory.take(experts, of: 0)
+    for source in 0..<workers {
+      let counts = traffic.counts + source * experts
+      for expert in 0..<experts { rows[expert] &+= Int(counts[expert]) }
+    }
+    whole = ComputeSeconds(experts, in: memory)
+    for owner in 0..<workers {
+      let rates = cluster.rates[seats[owner]]
+      for expert in traffic.owned(by: owner) {
+        whole.add(shape.seconds(rows: rows[expert], at: rates), at: expert)
+      }
+    }
+    copies = memory.take(experts, of: nil)
+    let each = experts / workers
+    guard each > 1 || (0..<workers).contains(where: { cluster.ranks[$0] != $0 }) else {
+      sums = nil
+      return
+    }
+    let sums: UnsafeMutableBufferPointer<Double> = memory.take(workers * workers)
+    for seat in 0..<workers {
+      var next = traffic.counts + ranks[seat] * experts
+      for owner in 0..<workers {
+        var sum = 0
+        for expert in 0..<each { sum &+= Int(next[expert]) }
+        sums[seat * workers + seats[owner]] = Double(sum)
+        next += each
+      }
+    }
+    self.sums = sums
+  }
+
+  /// The seat of an expert's owner.
+  @inline(__always) func owner(of expert: Int) -> Int { seats[traffic.owner(of: expert)] }
+
+  /// Rows for one expert.
+  @inline(__always) func rows(from seat: Int, for expert: Int) -> Int {
+    Int(traffic.counts[ranks[seat] * traffic.experts + expert])
+  }
+
+  /// Rows for another seat's experts.
+  func rows(from source: Int, to target: Int) -> Double {
+    sums.map { $0[source * traffic.workers + target] } ?? Double(rows(from: source, for: target))
+  }
+
+  /// Adds what one seat has for each of some others to `loads`; returns the sum of these.
+  func addRows(from source: Int, to targets: Range<Int>, _ loads: UnsafeMutablePointer<Double>) -> Double {
+    guard let sums else {
+      let from = traffic.counts + source * traffic.workers
+      var sum = 0
+      for target in targets {
+        // Signed: that is what vectors can turn into floating point.
+        loads[target] += Double(Int32(bitPattern: from[target]))
+        sum &+= Int(from[target])
+      }
+      return Double(sum)
+    }
+    let from = sums.baseAddress! + source * traffic.workers
+    var sum = 0.0
+    for target in targets {
+      loads[target] += from[target]
+      sum += from[target]
+    }
+    return sum
+  }
+
+  /// [W] what each seat's own rows for an expert take there. O(W) at first.
+  func copy(of expert: Int) -> ComputeSeconds {
+    if let known = copies[expert] { return known }
+    let copy = ComputeSeconds(traffic.workers, in: memory)
+    addCopy(of: expert, to: copy, at: 0)
+    copies[expert] = copy
+    return copy
+  }
+
+  /// Adds what each seat's own rows for an expert take there, from place `first` on.
+  func addCopy(of expert: Int, to sums: ComputeSeconds, at first: Int) {
+    for seat in 0..<traffic.workers {
+      sums.add(shape.seconds(rows: rows(from: seat, for: expert), at: cluster.rates[seat]), at: first + seat)
+    }
+  }
+
+  /// What all rows load on links in such groups.
+  func loads(_ groups: Groups) -> LinkLoads {
+    for known in loads where known.size == groups.size { return known.loads }
+    let made = LinkLoads(self, groups, in: memory)
+    loads.append((groups.size, made))
+    return made
+  }
+
+  /// Whether what depends on such groups is known already: it takes O(W² + W·E + rounds·E).
+  func knows(_ groups: Groups) -> Bool { rounds.contains { $0.size == groups.size } }
+
+  /// What the rows that each round brings to each expert take there.
+  func rounds(_ groups: Groups) -> RoundSeconds {
+    for known in rounds where known.size == groups.size { return known.rounds }
+    let (workers, experts) = (traffic.workers, traffic.experts)
+    let each = experts / workers
+    let (of, all) = (groups.count * experts, groups.count * workers)
+    let made = RoundSeconds(
+      each: ComputeSeconds(of, in: memory), blocksOfEach: memory.take(of, of: 0), rows: memory.take(all, of: 0),
+      weights: memory.take(workers, of: 0), blocks: memory.take(all, of: 0))
+    let mark = memory.mark
+    // Neighbouring ranks whose experts are in one group.
+    let starts: UnsafeMutableBufferPointer<Int> = memory.take(workers + 1)
+    let groupOf: UnsafeMutableBufferPointer<Int> = memory.take(workers)
+    var runs = 0
+    for rank in 0..<workers {
+      groupOf[rank] = groups.group(of: seats[rank])
+      guard rank == 0 || groupOf[rank] != groupOf[rank - 1] else { continue }
+      starts[runs] = rank
+      runs += 1
+    }
+    starts[runs] = workers
+    let rows = memory.take(groups.count * experts, of: 0)
+    for source in 0..<workers {
+      for run in 0..<runs {
+        let (first, end) = (starts[run] * each, starts[run + 1] * each)
+        let round = groups.round(from: groupOf[source], to: groupOf[starts[run]])
+        let (sums, counts) = (rows.baseAddress! + round * experts, traffic.counts + source * experts)
+        for expert in first..<end { sums[expert] &+= Int(counts[expert]) }
+      }
+    }
+    for owner in 0..<workers {
+      let rates = cluster.rates[seats[owner]]
+      let handling = shape.handling(at: rates)
+      for round in 0..<groups.count {
+        let first = round * experts + owner * each
+        for place in first..<first + each where rows[place] > 0 {
+          let seconds = shape.seconds(rows: rows[place], at: rates, handling)
+          made.each.rows[place] = seconds.rows.value
+          made.each.weights[place] = seconds.weights.value
+          made.blocksOfEach[place] = Double((rows[place] + Block.mostRows - 1) / Block.mostRows)
+        }
+      }
+      add(made, groups, of: owner, to: made.rows, made.weights, made.blocks) { _ in true }
+    }
+    memory.release(to: mark)
+    rounds.append((groups.size, made))
+    return made
+  }
+
+  /// Adds what a round's rows of some of an owner's experts take, and their blocks, to sums at its seat.
+  @inline(__always)
+  func add(
+    _ known: RoundSeconds, _ groups: Groups, of owner: Int, to rows: UnsafeMutableBufferPointer<Double>,
+    _ weights: UnsafeMutableBufferPointer<Double>, _ blocks: UnsafeMutableBufferPointer<Double>,
+    where isCounted: (Int) -> Bool
+  ) {
+    let (workers, experts, seat, owned) = (traffic.workers, traffic.experts, seats[owner], traffic.owned(by: owner))
+    for round in 0..<groups.count {
+      var sums = (rows: 0.0, weights: 0.0, blocks: 0.0)
+      for expert in owned where isCounted(expert) {
+        sums.rows += known.each.rows[round * experts + expert]
+        sums.weights += known.each.weights[round * experts + expert]
+        sums.blocks += known.blocksOfEach[round * experts + expert]
+      }
+      rows[round * workers + seat] = sums.rows
+      weights[seat] += sums.weights
+      blocks[round * workers + seat] = sums.blocks
+    }
+  }
+}
