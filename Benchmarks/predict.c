@@ -6,8 +6,9 @@
  * The group calibrates itself. Then for several layers and routings, even to one expert with half of all rows, five plans take
  * turns: FastMoE's (coarse, no shadow), no shadow as predicted best, the paper's Algorithm 1, ZeRO stage 3, and what the
  * library chooses. A step is plan + forward + backward of fmoe_route's pass; seconds are the median over repeats of the
- * slowest rank's. CSV: a line for each case, appended; --cluster keeps what was measured,
- * --timeline every rank's latest step of ours in the first case, as FILE.RANK.json. */
+ * slowest rank's; planning is rank 0's call of fmoe_plan as a share of it, the ranks' agreement included. CSV: a line for
+ * each case, appended; --cluster keeps what was measured, --timeline every rank's latest step of ours in the first case, as
+ * FILE.RANK.json. */
 #include <fastermoe_mpi.h>
 #include <math.h>
 #include <string.h>
@@ -100,7 +101,7 @@ int main(int argc, char **argv) {
   if (rank == 0) {
     printf("%d workers, %s; a step in ms, predicted / measured:\n%-24s %-9s", size, link, "n, d, h, E, k", "rows");
     for (int plan = 0; plan < PLANS; plan++) printf(" %20s", plans[plan]);
-    printf("  no shadow over ours\n");
+    printf("  no shadow over ours  planning of ours\n");
   }
   for (int at = 0; at < SHAPES; at++) {
     const shape *s = &shapes[at];
@@ -115,19 +116,20 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < s->n * s->d; i++) x[i] = (float)(i * 7919 % 1000) / 500 - 1;
     for (int64_t i = 0; i < s->n * s->k; i++) weights[i] = 0.5f;
     for (int routing = 0; routing < ROUTINGS; routing++) {
-      double times[PLANS][MOST_REPEATS], medians[PLANS];
+      double times[PLANS][MOST_REPEATS], medians[PLANS], planning[MOST_REPEATS];
       fmoe_plan_report report[PLANS];
       route(choices, s, routing, (uint64_t)(rank + 1) * 7919);
       for (int r = -1; r < repeats; r++)
         for (int turn = 0; turn < PLANS; turn++) {
           const int plan = (turn + r + 1) % PLANS; /* nobody always comes after the same one */
           fmoe_pass *pass;
-          double begin, mine, slowest;
+          double begin, planned, mine, slowest;
           report[plan] = (fmoe_plan_report){.struct_size = sizeof report[plan]};
           CHECK(fmoe_route(layer, x, s->n, choices, weights, &pass));
           MPI_Barrier(MPI_COMM_WORLD);
           begin = MPI_Wtime();
           CHECK(fmoe_plan(pass, &options_of[plan], &report[plan]));
+          planned = MPI_Wtime() - begin;
           CHECK(fmoe_forward(pass, y));
           CHECK(fmoe_backward(pass, x, dx, NULL));
           mine = MPI_Wtime() - begin;
@@ -139,6 +141,7 @@ int main(int argc, char **argv) {
           fmoe_pass_destroy(pass);
           MPI_Allreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
           if (r >= 0) times[plan][r] = slowest;
+          if (r >= 0 && plan == OURS) planning[r] = planned;
         }
       if (rank == 0) {
         char name[64];
@@ -154,7 +157,10 @@ int main(int argc, char **argv) {
                   (long long)s->h, (long long)s->E, s->k, routings[routing], plans[plan], report[plan].shadows,
                   report[plan].group_size, report[plan].seconds_planned, medians[plan]);
       }
-      if (rank == 0) printf("  %.3f\n", medians[NO_SHADOW] / medians[OURS]), fflush(stdout);
+      if (rank == 0) {
+        double share = median(planning, repeats) / medians[OURS];
+        printf("  %19.3f  %14.2f %%\n", medians[NO_SHADOW] / medians[OURS], 100 * share), fflush(stdout);
+      }
     }
     free(x), free(y), free(dx), free(weights), free(choices);
     fmoe_layer_destroy(layer);

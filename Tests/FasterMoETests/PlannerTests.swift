@@ -194,6 +194,27 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     }
   }
 
+  /// What a set of shadows is bound by, found from another set by what is changed, is what it is bound by for itself.
+  @Test func boundsOfNeighboursAreThoseOfTheirSets() throws {
+    try RandomPlans.withRandom(34) { numbers, cluster, batch, shape in
+      let demand = Demand(batch.traffic, shape, on: cluster)
+      let shadows = (0..<batch.traffic.experts).filter { _ in numbers.below(3) == 0 }
+      let volumes = Volumes(demand, shadows: shadows)
+      let before = volumes.least
+      for expert in 0..<batch.traffic.experts {
+        let isShadow = shadows.contains(expert)
+        let left = isShadow ? expert : shadows.isEmpty ? nil : shadows[numbers.below(shadows.count)]
+        let taken = isShadow ? nil : expert
+        let others = shadows.filter { $0 != left } + (taken.map { [$0] } ?? [])
+        let (expected, got) = (
+          Volumes(demand, shadows: others).least.value, volumes.least(with: taken, without: left).value
+        )
+        #expect(abs(got - expected) <= SimulatorTests.rounding * volumes.serial.value, "\(got), not \(expected)")
+      }
+      #expect(volumes.least == before && volumes.shadows == shadows)
+    }
+  }
+
   /// Everything that a batch needs is done once, after what it needs.
   @Test func plansAreWhole() throws {
     try RandomPlans.withRandom(33, times: 200) { numbers, cluster, batch, _ in

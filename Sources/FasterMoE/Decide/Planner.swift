@@ -1,5 +1,3 @@
-import Glibc
-
 /// Chooses what a batch is to do: which experts are shadowed, in groups of how many rows move, in which order.
 ///
 /// Every candidate is played on the Cluster, by a Timeline of its StepCosts; the one that takes least is the plan. Doing
@@ -14,7 +12,7 @@ package struct Planner {
   private var plays = 0
   /// Sizes of groups that are worth a look, in the order in which they are looked at.
   private var sizes: [Int] = []
-  /// For what is looked at and forgotten.
+  /// For `none`, and for what is looked at and forgotten.
   private let memory = Scratch()
 
   /// Most counts, W·E: a gigabyte.
@@ -34,7 +32,7 @@ package struct Planner {
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
     demand = Demand(traffic, shape, on: cluster)
     self.cluster = cluster
-    none = Volumes(demand)
+    none = Volumes(demand, in: memory)
   }
 
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
@@ -196,7 +194,7 @@ package struct Planner {
 
   private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
     let worth = sets[0].least * Planner.share / Planner.secondsEach
-    plays = max(Planner.fewestPlays, Int(min(worth, Double(Planner.mostPlays))))
+    plays = worth > Double(Planner.fewestPlays) ? Int(min(worth, Double(Planner.mostPlays))) : Planner.fewestPlays
     // What was done before.
     plays -= sets.count * (cluster.workers + Planner.playsEach) + cluster.workers * demand.traffic.experts / 8
     return best(sets, request, known)
@@ -243,8 +241,9 @@ package struct Planner {
   /// small enough to play many.
   private mutating func improve(_ chosen: inout Choice, _ request: PlanRequest) {
     let experts = demand.traffic.experts
-    var (expert, unchanged) = (0, 0)
-    var volumes = Volumes(demand, shadows: chosen.shadows)
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    var (expert, unchanged, volumes) = (0, 0, volumes(chosen.shadows))
     while unchanged < experts {
       let before = chosen.seconds
       for (shadows, taken, left) in Planner.neighbours(of: chosen.shadows, expert) {
@@ -254,7 +253,7 @@ package struct Planner {
         guard least < chosen.seconds else { continue }
         chosen = best([Candidate(shadows: shadows, least: least)], request, chosen)
       }
-      if chosen.seconds < before { volumes = Volumes(demand, shadows: chosen.shadows) }
+      if chosen.seconds < before { volumes = self.volumes(chosen.shadows) }
       unchanged = chosen.seconds < before ? 0 : unchanged + 1
       expert = (expert + 1) % experts
     }
@@ -378,7 +377,10 @@ package struct Planner {
     }
     if workers <= Planner.fewWorkers { for size in 1...workers where !isWorth[size] { sizes.append(size) } }
     // Of many workers a new size is much to look at: first those that are most often best.
-    func distance(_ size: Int) -> Int { abs(Int(8 * log2(Double(workers) / Double(size) / Planner.usualGroups))) }
+    func distance(_ size: Int) -> Double {
+      let ratio = Double(workers) / (Double(size) * Planner.usualGroups)
+      return max(ratio, 1 / ratio)
+    }
     if workers > Planner.someWorkers { sizes.sort { (distance($0), $1) < (distance($1), $0) } }
     return sizes
   }

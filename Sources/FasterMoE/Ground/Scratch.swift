@@ -12,7 +12,7 @@ package final class Scratch {
   @exclusivity(unchecked) private var next = UnsafeMutableRawPointer(bitPattern: alignment)!
   @exclusivity(unchecked) private var room = 0
   private static let alignment = 64
-  private static let leastChunk = 32 << 10
+  private static let leastChunk = 8 << 10  // of which the reserve has many
 
   package init() {}
 
@@ -56,7 +56,7 @@ package final class Scratch {
   private func makeRoom(_ bytes: Int) {
     for other in chunk + 1..<max(chunk + 1, chunks.count) where chunks[other].count >= bytes { return open(other) }
     // Twice as much each time, so that there are few.
-    let size = max(bytes, Scratch.leastChunk << min(chunks.count, 10))
+    let size = max(bytes, Scratch.leastChunk << min(chunks.count, 12))
     chunks.append(.allocate(byteCount: size, alignment: Scratch.alignment))
     open(chunks.count - 1)
   }
