@@ -189,8 +189,10 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
             peer: { peers[round * cluster.peers.count + $0] += rows })
         }
       }
-      #expect(Array(loads.up) == up && Array(loads.down) == down)
-      #expect(Array(loads.peers) == peers && Array(loads.sent) == sent)
+      withExtendedLifetime(memory) {
+        #expect(Array(loads.up) == up && Array(loads.down) == down)
+        #expect(Array(loads.peers) == peers && Array(loads.sent) == sent)
+      }
     }
   }
 
@@ -302,6 +304,20 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
   }
 
   // MARK: Planning
+
+  @Test func aPlanDoesNotDependOnEarlierOnes() throws {
+    try RandomPlans.withRandom(48, times: 60, slower: 100) { _, cluster, batch, shape in
+      var planner = Planner(batch.traffic, shape, on: cluster)
+      let fresh = try planner.plan(PlanRequest())
+      for shadowing in [PlanRequest.Shadowing.never, .paper, .everyExpert] {
+        var request = PlanRequest()
+        request.shadowing = shadowing
+        _ = try planner.plan(request)
+      }
+      let again = try planner.plan(PlanRequest())
+      #expect(fresh.plan == again.plan && fresh.report.planned == again.report.planned)
+    }
+  }
 
   @Test func plansAreNeverSlowerThanPlain() throws {
     try RandomPlans.withRandom(39, times: 150, slower: 100) { _, cluster, batch, shape in
@@ -441,5 +457,16 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     #expect(abs(curve.rate(rows: 2).value - 1.5) < 1e-12, "half way by the logarithm")
     #expect(RateCurve([.init(rows: 7, rate: FlopRate(3))]).rate(rows: 1).value == 3)
     #expect(curve.peak.value == 12)
+  }
+
+  /// However far a rate falls from one sample to the next.
+  @Test(arguments: [(1, 1e15, 2, 1e-3), (3, 1e15, 7, 1e-3), (2, 6e11, 900, 1e-4), (5, 1e-3, 4000, 1e15)])
+  func steepCurvesStayBetweenTheirSamples(from: Int, high: Double, to: Int, low: Double) {
+    let curve = RateCurve([.init(rows: from, rate: FlopRate(high)), .init(rows: to, rate: FlopRate(low))])
+    for rows in from...to {
+      let rate = curve.rate(rows: rows).value
+      #expect(rate >= min(high, low) && rate <= max(high, low), "\(rows) rows: \(rate)")
+    }
+    #expect(curve.rate(rows: from).value == high && curve.rate(rows: to).value == low)
   }
 }

@@ -13,11 +13,11 @@ package final class Demand {
   /// [E] what all rows of each expert take at its owner.
   let whole: ComputeSeconds
   private let memory = Scratch()
+  /// [E] what each worker's own rows for an expert take, by seat; nil till the first is asked for.
+  private var copies: UnsafeMutableBufferPointer<UnsafeMutablePointer<Double>?>?
   /// [W, W] rows from each seat to each one's experts; nil where every worker has one expert and seats are ranks, so that
   /// the counts are that themselves.
   private let sums: UnsafeMutableBufferPointer<Double>?
-  /// [E] the same of each worker's own rows, by seat.
-  private let copies: UnsafeMutableBufferPointer<ComputeSeconds?>
   /// Of the groups that were asked for; few.
   @exclusivity(unchecked) private var loads: [(size: Int, loads: LinkLoads)] = []
   @exclusivity(unchecked) private var rounds: [(size: Int, rounds: RoundSeconds)] = []
@@ -27,6 +27,12 @@ package final class Demand {
     let rows, weights: UnsafeMutableBufferPointer<Double>
 
     init(_ count: Int, in memory: Scratch) { (rows, weights) = (memory.take(count, of: 0), memory.take(count, of: 0)) }
+
+    /// Rows, and behind them weights.
+    init(_ both: UnsafeMutablePointer<Double>, _ count: Int) {
+      rows = UnsafeMutableBufferPointer(start: both, count: count)
+      weights = UnsafeMutableBufferPointer(start: both + count, count: count)
+    }
 
     init(copying other: ComputeSeconds, in memory: Scratch) {
       (rows, weights) = (memory.copy(other.rows), memory.copy(other.weights))
@@ -64,7 +70,6 @@ package final class Demand {
         whole.add(shape.seconds(rows: rows[expert], at: rates), at: expert)
       }
     }
-    copies = memory.take(experts, of: nil)
     let each = experts / workers
     guard each > 1 || (0..<workers).contains(where: { cluster.ranks[$0] != $0 }) else {
       sums = nil
@@ -117,19 +122,34 @@ package final class Demand {
     return sum
   }
 
-  /// [W] what each seat's own rows for an expert take there. O(W) at first.
+  /// [W] what each seat's own rows for an expert take there, remembered. O(W) at first.
   func copy(of expert: Int) -> ComputeSeconds {
-    if let known = copies[expert] { return known }
-    let copy = ComputeSeconds(traffic.workers, in: memory)
-    addCopy(of: expert, to: copy, at: 0)
-    copies[expert] = copy
+    if copies == nil { copies = memory.take(traffic.experts, of: nil) }
+    if let known = copies![expert] { return ComputeSeconds(known, traffic.workers) }
+    let copy = copy(of: expert, in: memory)
+    copies![expert] = copy.rows.baseAddress!
     return copy
   }
 
-  /// Adds what each seat's own rows for an expert take there, from place `first` on.
-  func addCopy(of expert: Int, to sums: ComputeSeconds, at first: Int) {
+  /// The same in `scratch`, if it is not remembered.
+  func copy(of expert: Int, in scratch: Scratch) -> ComputeSeconds {
+    if let known = copies?[expert] { return ComputeSeconds(known, traffic.workers) }
+    let both: UnsafeMutableBufferPointer<Double> = scratch.take(2 * traffic.workers, of: 0)
+    let copy = ComputeSeconds(both.baseAddress!, traffic.workers)
+    add([expert], atOnce: 1, to: copy)
+    return copy
+  }
+
+  /// Adds what each seat's own rows for some experts take there; the sums of each `atOnce` of these stand together. Row by row
+  /// of the counts.
+  func add(_ experts: [Int], atOnce: Int, to sums: ComputeSeconds) {
     for seat in 0..<traffic.workers {
-      sums.add(shape.seconds(rows: rows(from: seat, for: expert), at: cluster.rates[seat]), at: first + seat)
+      let rates = cluster.rates[seat]
+      let handling = shape.handling(at: rates)
+      for (index, expert) in experts.enumerated() {
+        let seconds = shape.seconds(rows: rows(from: seat, for: expert), at: rates, handling)
+        sums.add(seconds, at: index / atOnce * traffic.workers + seat)
+      }
     }
   }
 
@@ -141,10 +161,7 @@ package final class Demand {
     return made
   }
 
-  /// Whether what depends on such groups is known already: it takes O(W² + W·E + rounds·E).
-  func knows(_ groups: Groups) -> Bool { rounds.contains { $0.size == groups.size } }
-
-  /// What the rows that each round brings to each expert take there.
+  /// What the rows that each round brings to each expert take there. O(W·E + rounds·E) at first.
   func rounds(_ groups: Groups) -> RoundSeconds {
     for known in rounds where known.size == groups.size { return known.rounds }
     let (workers, experts) = (traffic.workers, traffic.experts)

@@ -10,6 +10,8 @@ package struct Planner {
   private let none: Volumes
   /// How many more times a worker's part in a step may be played.
   private var plays = 0
+  /// Sizes of groups whose costs this plan has paid for: so it does not matter what was planned before.
+  private var paidSizes: [Int] = []
   /// Sizes of groups that are worth a look, in the order in which they are looked at.
   private var sizes: [Int] = []
   /// For `none`, and for what is looked at and forgotten.
@@ -37,11 +39,10 @@ package struct Planner {
 
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
     try request.check()
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
+    paidSizes = [cluster.workers]
     let plain = coarse(none)
-    guard request.shadowing != .everyExpert else {
-      let (plan, seconds, volumes) = everyExpert(request)
-      return (plan, report(plan, seconds, volumes, plain))
-    }
     sizes = groupSizes(request)
     // Of a request for pairwise exchange, the coarse plan is no answer.
     let known = request.schedule == .pairwise ? nil : plain
@@ -50,7 +51,10 @@ package struct Planner {
     case .never: chosen = best(ofAll: [candidate([])], request, known)
     case .given: chosen = best(ofAll: [candidate(request.shadows)], request, nil)
     case .paper: chosen = best(ofAll: [candidate(paper)], request, nil)
-    case .best, .everyExpert:
+    case .everyExpert:
+      let (plan, seconds, volumes) = everyExpert(request)
+      return (plan, report(plan, seconds, volumes, plain))
+    case .best:
       chosen = best(ofAll: candidates(below: plain.seconds), request, known)
       improve(&chosen, request)
     }
@@ -253,7 +257,10 @@ package struct Planner {
         guard least < chosen.seconds else { continue }
         chosen = best([Candidate(shadows: shadows, least: least)], request, chosen)
       }
-      if chosen.seconds < before { volumes = self.volumes(chosen.shadows) }
+      if chosen.seconds < before {
+        memory.release(to: mark)
+        volumes = self.volumes(chosen.shadows)
+      }
       unchanged = chosen.seconds < before ? 0 : unchanged + 1
       expert = (expert + 1) % experts
     }
@@ -278,6 +285,7 @@ package struct Planner {
   private mutating func pairwise(_ size: Int, _ volumes: Volumes, below limit: Seconds?) -> Choice {
     let groups = Groups(workers: cluster.workers, size: size)
     plays -= playsOfCosts(groups)
+    if !paidSizes.contains(size) { paidSizes.append(size) }
     return pairwise(groups, volumes, Planner.orders(volumes.shadows.isEmpty), below: limit)
   }
 
@@ -288,7 +296,7 @@ package struct Planner {
     return parts * (playsOfCosts(groups) + trips * playsOfTrip(groups, volumes.shadows.count)) < plays
   }
   private func playsOfCosts(_ groups: Groups) -> Int {
-    guard !demand.knows(groups) else { return Planner.playsEach }
+    guard !paidSizes.contains(groups.size) else { return Planner.playsEach }
     let (workers, experts) = (cluster.workers, demand.traffic.experts)
     return Planner.playsEach + groups.count * experts + workers * (workers + experts) / 16
   }

@@ -99,10 +99,8 @@ package final class Volumes {
         busy.weights[seat] += demand.whole.weights[expert]
       }
     }
-    for (index, expert) in shadows.enumerated() {
-      if let buckets { demand.addCopy(of: expert, to: buckets, at: index / atOnce * workers) }
-      addCopy(of: expert)
-    }
+    if let buckets { demand.add(shadows, atOnce: atOnce, to: buckets) }
+    for expert in shadows { addCopy(of: expert) }
     for step in 0..<countOfCopies { addBusy(computing(step)) }
   }
 
@@ -122,13 +120,17 @@ package final class Volumes {
     let mark = memory.mark
     defer { memory.release(to: mark) }
     let changed = Volumes(copying: self, in: memory)
-    if let other { changed.shadow(other, isMore: false) }
-    if let expert { changed.shadow(expert) }
+    if let other { changed.change(other, isMore: false, demand.copy(of: other, in: memory)) }
+    if let expert { changed.change(expert, isMore: true, demand.copy(of: expert, in: memory)) }
     return changed.least
   }
 
-  /// One shadow more, or one less. O(W).
-  package func shadow(_ expert: Int, isMore: Bool = true) {
+  /// One shadow more. O(W).
+  package func shadow(_ expert: Int) { change(expert, isMore: true, demand.copy(of: expert)) }
+
+  /// One shadow more, or one less; `copy` is what each worker's own rows for it take.
+  private func change(_ expert: Int, isMore: Bool, _ copy: Demand.ComputeSeconds) {
+    precondition(buckets == nil)
     let (owner, sign) = (demand.owner(of: expert), isMore ? 1.0 : -1.0)
     busy.rows[owner] -= sign * demand.whole.rows[expert]
     busy.weights[owner] -= sign * demand.whole.weights[expert]
@@ -136,7 +138,6 @@ package final class Volumes {
       let rows = demand.rows(from: seat, for: expert)
       if rows > 0 { loads.remove(sign * Double(rows), from: seat, to: owner, round: 0, demand) }
     }
-    let copy = demand.copy(of: expert)
     addBusy((copy.rows.baseAddress!, copy.weights.baseAddress!), sign)
     addCopy(of: expert, isMore: isMore)
   }
@@ -176,7 +177,8 @@ package final class Volumes {
   func rows(from source: Int, to target: Int) -> Int {
     var rows = Int(demand.rows(from: source, to: target))
     guard shadowsOf[target] > 0 else { return rows }
-    for expert in shadows where demand.owner(of: expert) == target { rows -= demand.rows(from: source, for: expert) }
+    let owned = demand.traffic.owned(by: demand.ranks[target])
+    for expert in shadows where owned.contains(expert) { rows -= demand.rows(from: source, for: expert) }
     return rows
   }
 

@@ -154,28 +154,35 @@ extension Plan {
   /// FastMoE's: everything after everything else, nothing overlaps.
   package static func coarse(workers: Int, shadows: [Int], fetchesAgain: Bool = false) -> Plan {
     let (groups, memory) = (Groups(workers: workers, size: workers), Scratch())
-    let lists = Steps.coarse(groups, shadows: shadows.count, fetchesAgain: fetchesAgain, in: memory)
-    return Plan(
-      groups: groups, shadows: shadows, forward: Array(lists.forward), backward: Array(lists.backward), overlaps: false)
+    return withExtendedLifetime(memory) {
+      let lists = Steps.coarse(groups, shadows: shadows.count, fetchesAgain: fetchesAgain, in: memory)
+      return Plan(
+        groups: groups, shadows: shadows, forward: Array(lists.forward), backward: Array(lists.backward),
+        overlaps: false)
+    }
   }
 
   /// The paper's smart schedule, its order of choice for each direction; in backward the gradients of weights come last,
   /// while rows are on their way back.
   package static func pairwise(_ groups: Groups, shadows: [Int], forward: Order, backward: Order) -> Plan {
     let memory = Scratch()
-    return Plan(
-      groups: groups, shadows: shadows,
-      forward: Array(Steps.forward(groups, shadows: shadows.count, forward, in: memory)),
-      backward: Array(Steps.backward(groups, shadows: shadows.count, backward, in: memory)), overlaps: true)
+    return withExtendedLifetime(memory) {
+      Plan(
+        groups: groups, shadows: shadows,
+        forward: Array(Steps.forward(groups, shadows: shadows.count, forward, in: memory)),
+        backward: Array(Steps.backward(groups, shadows: shadows.count, backward, in: memory)), overlaps: true)
+    }
   }
 
   /// ZeRO stage 3: every expert is shadowed, the next ones fetched while one computes, and fetched again for backward.
   package static func everyExpert(workers: Int, experts: Int) -> Plan {
     let memory = Scratch()
-    let lists = Steps.everyExpert(experts, in: memory)
-    return Plan(
-      groups: Groups(workers: workers, size: workers), shadows: Array(0..<experts), forward: Array(lists.forward),
-      backward: Array(lists.backward), overlaps: true)
+    return withExtendedLifetime(memory) {
+      let lists = Steps.everyExpert(experts, in: memory)
+      return Plan(
+        groups: Groups(workers: workers, size: workers), shadows: Array(0..<experts), forward: Array(lists.forward),
+        backward: Array(lists.backward), overlaps: true)
+    }
   }
 }
 

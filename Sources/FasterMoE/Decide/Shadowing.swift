@@ -4,7 +4,7 @@ package enum Shadowing {
   ///
   /// The formulas know one bandwidth, that of the slowest link, and one speed, the slowest worker's peak. They leave out
   /// what still moves next to shadows (eq. 8), so the set may cost more than it saves. `.best` does not rely on them.
-  /// Also returns what they promise, without and with the set. O((E + W)·shadows).
+  /// Also returns what they promise, without and with the set. O(E·log E + W·shadows).
   package static func paper(_ demand: Demand) -> (experts: [Int], without: Seconds, with: Seconds) {
     let (traffic, shape, cluster, rows) = (demand.traffic, demand.shape, demand.cluster, demand.rows)
     let workers = traffic.workers
@@ -17,7 +17,9 @@ package enum Shadowing {
     let imbalanced = computing(loads) + shape.rowBytes * (4 * Double(loads.reduce(0, max))) / bandwidth  // eq. 7
     var (least, shadows) = (imbalanced, [Int]())
     var isLeft = [Bool](repeating: true, count: rows.count)
-    while let expert = highest(rows, isLeft) {
+    // Mostly few are taken.
+    var rest: [Int]?
+    while let expert = shadows.count < 4 ? highest(rows, isLeft) : rest?.popLast() {
       isLeft[expert] = false
       let owner = traffic.owner(of: expert)
       var moved = loads
@@ -31,6 +33,7 @@ package enum Shadowing {
       guard shadowed < least else { break }
       (least, loads) = (shadowed, moved)
       shadows.append(expert)
+      if shadows.count == 4 { rest = rows.indices.filter { isLeft[$0] }.sorted { (rows[$0], $1) < (rows[$1], $0) } }
     }
     return (shadows, imbalanced, least)
   }
@@ -46,11 +49,13 @@ package enum Shadowing {
 }
 
 /// Experts in the order in which shadowing them relieves most: again and again the busiest worker's most popular one among
-/// those that others send rows to. Every prefix is worth a look. O(E + W) for the next.
+/// those that others send rows to. Every prefix is worth a look. O(W) for the next.
 package struct ByExcess: Sequence, IteratorProtocol {
   private let demand: Demand
-  /// [E] whether an expert that others send rows to did not come yet.
-  private var isLeft: [Bool]
+  /// [W] how many experts of each worker have rows from others and did not come yet; and these, the least popular first,
+  /// once the worker was the busiest.
+  private var countsLeft: [Int]
+  private var left: [[Int]?]
   /// [W]
   private var loads: [Int]
   private let slowness: [Double]
@@ -59,31 +64,35 @@ package struct ByExcess: Sequence, IteratorProtocol {
   package init(_ demand: Demand) {
     self.demand = demand
     let (traffic, rows) = (demand.traffic, demand.rows)
-    isLeft = [Bool](repeating: false, count: rows.count)
     loads = [Int](repeating: 0, count: traffic.workers)
+    (countsLeft, left) = (loads, loads.map { _ in nil })
     for worker in 0..<traffic.workers {
       for expert in traffic.owned(by: worker) {
-        isLeft[expert] = rows[expert] > Int(traffic.counts[worker * traffic.experts + expert])
+        countsLeft[worker] += ByExcess.comes(expert, from: worker, demand) ? 1 : 0
         loads[worker] += rows[expert]
       }
     }
     slowness = demand.cluster.seats.map { 1 / demand.cluster.rates[$0].products.peak.value }
   }
 
+  private static func comes(_ expert: Int, from worker: Int, _ demand: Demand) -> Bool {
+    demand.rows[expert] > Int(demand.traffic.counts[worker * demand.traffic.experts + expert])
+  }
+
   package mutating func next() -> Int? {
     let (traffic, rows) = (demand.traffic, demand.rows)
     var (busiest, most) = (-1, -1.0)
-    for worker in loads.indices {
+    for worker in loads.indices where countsLeft[worker] > 0 {
       let load = Double(loads[worker]) * slowness[worker]
-      if load > most, traffic.owned(by: worker).contains(where: { isLeft[$0] }) { (busiest, most) = (worker, load) }
+      if load > most { (busiest, most) = (worker, load) }
     }
     guard busiest >= 0 else { return nil }
-    // Of those with equal rows the first.
-    var expert = -1
-    for other in traffic.owned(by: busiest) where isLeft[other] {
-      if expert < 0 || rows[expert] < rows[other] { expert = other }
+    if left[busiest] == nil {
+      left[busiest] = traffic.owned(by: busiest).filter { ByExcess.comes($0, from: busiest, demand) }
+        .sorted { (rows[$0], $1) < (rows[$1], $0) }
     }
-    isLeft[expert] = false
+    let expert = left[busiest]!.removeLast()
+    countsLeft[busiest] -= 1
     for worker in loads.indices { loads[worker] += Int(traffic.counts[worker * traffic.experts + expert]) }
     loads[busiest] -= rows[expert]
     return expert

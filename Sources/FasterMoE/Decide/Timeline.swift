@@ -49,7 +49,11 @@ package struct PlayedSteps {
   }
 }
 
-/// When every worker begins and ends every step of one trip.
+/// When every worker begins and ends every step of one trip: a plan played in virtual time.
+///
+/// A worker sends and receives at once, each in the order of steps. Communication begins when those who send and those who
+/// receive have reached the step. Where a plan overlaps, rows come, are computed and go back block by block. No trip is faster
+/// than its busiest link, however the steps fall.
 package struct Timeline {
   package let workers: Int
   /// [steps, W] by seat, in seconds from the beginning of the trip.
@@ -65,11 +69,12 @@ package struct Timeline {
   package init(_ steps: [Step], _ costs: StepCosts, overlaps: Bool, slowdown: Double) {
     workers = costs.groups.workers
     let memory = Scratch()
-    let played = PlayedSteps(keepingAllOf: memory.copy(steps), in: memory)
-    var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: true)
-    end = player.play()
-    (starts, ends) = (Array(player.starts), Array(player.ends))
-    (sent, received) = (Array(player.sent), Array(player.received))
+    (starts, ends, sent, received, end) = withExtendedLifetime(memory) {
+      let played = PlayedSteps(keepingAllOf: memory.copy(steps), in: memory)
+      var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: true)
+      let end = player.play()
+      return (Array(player.starts), Array(player.ends), Array(player.sent), Array(player.received), end)
+    }
   }
 
   /// Only when it is over.

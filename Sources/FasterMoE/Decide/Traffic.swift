@@ -2,7 +2,7 @@
 package struct Traffic {
   package let workers: Int
   package let experts: Int
-  /// [W, E]
+  /// [W, E], each below 2^31.
   package let counts: UnsafeMutablePointer<UInt32>
 
   package init(arena: inout Arena, workers: Int, experts: Int) {

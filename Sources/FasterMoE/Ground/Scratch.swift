@@ -12,7 +12,8 @@ package final class Scratch {
   @exclusivity(unchecked) private var next = UnsafeMutableRawPointer(bitPattern: alignment)!
   @exclusivity(unchecked) private var room = 0
   private static let alignment = 64
-  private static let leastChunk = 8 << 10  // of which the reserve has many
+  /// Small ones that the reserve has, too; they double up to its largest.
+  private static let (leastChunk, doublings) = (8 << 10, 5)
 
   package init() {}
 
@@ -28,10 +29,10 @@ package final class Scratch {
   /// Room for `count` values, on cache lines of its own.
   @inline(__always)
   package func take<T>(_ count: Int) -> UnsafeMutableBufferPointer<T> {
-    assert(_isPOD(T.self))
+    assert(_isPOD(T.self) && count >= 0)
     let bytes = (count * MemoryLayout<T>.stride + Scratch.alignment - 1) & ~(Scratch.alignment - 1)
     if bytes > room { makeRoom(bytes) }
-    let memory = next.assumingMemoryBound(to: T.self)
+    let memory = next.bindMemory(to: T.self, capacity: count)
     next += bytes
     room -= bytes
     return UnsafeMutableBufferPointer(start: memory, count: count)
@@ -55,8 +56,7 @@ package final class Scratch {
   /// Goes on in another chunk, a new one if none of those that are left is large enough.
   private func makeRoom(_ bytes: Int) {
     for other in chunk + 1..<max(chunk + 1, chunks.count) where chunks[other].count >= bytes { return open(other) }
-    // Twice as much each time, so that there are few.
-    let size = max(bytes, Scratch.leastChunk << min(chunks.count, 12))
+    let size = max(bytes, Scratch.leastChunk << min(chunks.count, Scratch.doublings))
     chunks.append(.allocate(byteCount: size, alignment: Scratch.alignment))
     open(chunks.count - 1)
   }

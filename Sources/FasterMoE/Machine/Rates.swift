@@ -85,19 +85,17 @@ package struct RateCurve: Equatable, Sendable {
   package let peak: FlopRate
 
   private struct Stretch: Equatable {
-    /// The rows at its end, and the logarithm of those at its beginning.
-    let end: Int
-    let log: Double
-    /// The rate at its beginning, and by how much it grows with the logarithm.
-    let rate, growth: Double
+    let from, to: Sample
+    /// The logarithm of the rows that it begins with, and one over what it grows by.
+    let log, slope: Double
   }
 
   /// `samples` are not empty.
   package init(_ samples: [Sample]) {
     self.samples = samples
     stretches = zip(samples, samples.dropFirst()).map {
-      let growth = ($1.rate.value - $0.rate.value) / (Logarithm.of($1.rows) - Logarithm.of($0.rows))
-      return Stretch(end: $1.rows, log: Logarithm.of($0.rows), rate: $0.rate.value, growth: growth)
+      let log = Logarithm.of($0.rows)
+      return Stretch(from: $0, to: $1, log: log, slope: 1 / (Logarithm.of($1.rows) - log))
     }
     peak = samples.reduce(FlopRate(0)) { max($0, $1.rate) }
   }
@@ -105,8 +103,9 @@ package struct RateCurve: Equatable, Sendable {
   /// The rate at `rows`, between two samples by the logarithm of the rows, outside them the nearest.
   package func rate(rows: Int) -> FlopRate {
     if rows <= samples[0].rows { return samples[0].rate }
-    for stretch in stretches where rows <= stretch.end {
-      return FlopRate(stretch.rate + (Logarithm.of(rows) - stretch.log) * stretch.growth)
+    for stretch in stretches where rows <= stretch.to.rows {
+      let share = rows == stretch.to.rows ? 1 : (Logarithm.of(rows) - stretch.log) * stretch.slope
+      return FlopRate(stretch.from.rate.value * (1 - share) + stretch.to.rate.value * share)
     }
     return samples[samples.count - 1].rate
   }

@@ -1,12 +1,7 @@
-// Plays plans in virtual time: on what the Executor will do, but on a Cluster instead of a machine.
-//
-// The model of one step. A worker sends and receives at once, each in the order of steps. *Communication* begins when those
-// who send and those who receive have reached the step, and takes the time of the slowest link on the way between the two
-// groups, each link shared by all that moves in this step, plus the latency of the way. *Computing* takes each expert's
-// flops at the rate for its rows, and the handling of rows. Where a plan overlaps, rows come, are computed and go back
-// block by block. No trip is faster than its busiest link, however the steps fall.
-
-/// Seconds of every step of a plan, whatever its order.
+/// Seconds of every step of a plan, whatever its order; a Timeline plays them.
+///
+/// *Communication* takes the time of the slowest link on the way between two groups, each link shared by all that moves in this
+/// step, plus the latency of the way. *Computing* takes each expert's flops at the rate for its rows, and the handling of rows.
 package struct StepCosts {
   package let groups: Groups
   /// [rounds, groups] whether the group sends anything, how long that takes, and how long until it has its results.
