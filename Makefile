@@ -26,7 +26,7 @@ WIDE_TOOL := lib/fastermoe/x86-64-v4
 BUILT     := $(OUT)/lib/$(LIBRARY).$(VERSION)
 SOURCES   := $(shell find Sources include -type f) Package.swift
 
-.PHONY: all build stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows choices bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study bench-paper
+.PHONY: all build level-base level-wide stage demo test fuzz fuzz-library faults deb soak docs bench bench-adamw bench-rows choices bench-hosts bench-predict install uninstall format clean packages-build packages-test packages-bench study bench-paper
 
 all: build
 
@@ -52,12 +52,17 @@ build: packages-build
 	@$(MAKE) --no-print-directory $(BUILT)
 
 $(BUILT): $(SOURCES) $(HWLOC)/made Makefile $(wildcard pkgconfig/*.in)
-	for p in $(PRODUCTS); do FASTERMOE_CPU=$(BASE_CPU) $(SWIFT_BUILD) --product $$p --scratch-path .build/base || exit 1; done
-	$(if $(filter wide,$(LEVELS)),for p in $(PRODUCTS); do FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT_BUILD) --product $$p --scratch-path .build/wide || exit 1; done)
+	$(MAKE) --no-print-directory -j 2 $(LEVELS:%=level-%)
 	$(call place,$(OUT)/lib)
 	@mkdir -p $(OUT)/pkgconfig
 	$(call fill,$(OUT),$(OUT)/lib,$(CURDIR)/include,-Wl$(comma)-rpath$(comma)$${libdir}) pkgconfig/fastermoe.pc.in > $(OUT)/pkgconfig/fastermoe.pc
 	@touch $(BUILT)
+
+# The compiler keeps one core busy, so both levels at once.
+level-base: CPU := $(BASE_CPU)
+level-wide: CPU := $(WIDE_CPU)
+level-base level-wide: level-%:
+	for p in $(PRODUCTS); do FASTERMOE_CPU=$(CPU) $(SWIFT_BUILD) --product $$p --scratch-path .build/$* || exit 1; done
 
 $(HWLOC)/made: packaging/hwloc.sh | packages-build
 	packaging/hwloc.sh $(HWLOC)

@@ -153,8 +153,8 @@ package struct Planner {
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step: half as much
   /// on a fast core, twice that on a slow one.
   private static let share = 0.01
-  private static let secondsEach = Seconds(1.25e-8)
-  /// Some 25 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
+  private static let secondsEach = Seconds(1e-8)
+  /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
   private static let fewestPlays = 1 << 11
   /// Some seconds, however long a step is.
   private static let mostPlays = 1 << 28
@@ -199,8 +199,6 @@ package struct Planner {
   private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
     let worth = sets[0].least * Planner.share / Planner.secondsEach
     plays = worth > Double(Planner.fewestPlays) ? Int(min(worth, Double(Planner.mostPlays))) : Planner.fewestPlays
-    // What was done before.
-    plays -= sets.count * (cluster.workers + Planner.playsEach) + cluster.workers * demand.traffic.experts / 8
     return best(sets, request, known)
   }
 
@@ -252,7 +250,7 @@ package struct Planner {
       let before = chosen.seconds
       for (shadows, taken, left) in Planner.neighbours(of: chosen.shadows, expert) {
         plays -= 4 * cluster.workers + Planner.playsEach
-        guard plays > 4 * playsOfTrip(chosen.groups, chosen.shadows.count) else { return }
+        guard plays > 0 else { return }
         let least = volumes.least(with: taken, without: left)
         guard least < chosen.seconds else { continue }
         chosen = best([Candidate(shadows: shadows, least: least)], request, chosen)
@@ -335,7 +333,7 @@ package struct Planner {
     -> (order: Order, seconds: Seconds)
   {
     var least = (order: orders[0], seconds: Seconds(.infinity))
-    for (index, order) in orders.enumerated() where index == 0 || plays > 0 {
+    for order in orders {
       let mark = memory.mark
       let other = seconds(order, memory)
       memory.release(to: mark)
@@ -394,7 +392,7 @@ package struct Planner {
   }
 
   private static let manyWorkers = 64
-  private static let someWorkers = 32
+  private static let someWorkers = 512
   private static let usualGroups = 8.0
   /// Up to so many, every size is looked at.
   private static let fewWorkers = 8

@@ -118,31 +118,8 @@ private struct Way {
     _ peers: UnsafeMutableBufferPointer<Double>, turned: Int, _ sources: Range<Int>, _ targets: Range<Int>
   ) -> Double {
     let nodes = demand.nodes
-    let first = round * nodes.count
-    var (slowest, latencyUp, latencyDown) = (0.0, 0.0, 0.0)
-    for seat in sources {
-      var (node, latency) = (seat, 0.0)
-      while node != top {
-        if up[first + node] > 0 {
-          slowest = max(slowest, up[first + node] * nodes[node].up.slowness)
-          latency += nodes[node].up.latency
-        }
-        node = nodes[node].parent
-      }
-      latencyUp = max(latencyUp, latency)
-    }
-    for seat in targets {
-      var (node, latency) = (seat, 0.0)
-      while node != top {
-        if down[first + node] > 0 {
-          slowest = max(slowest, down[first + node] * nodes[node].down.slowness)
-          latency += nodes[node].down.latency
-        }
-        node = nodes[node].parent
-      }
-      latencyDown = max(latencyDown, latency)
-    }
-    var latency = latencyUp + latencyDown
+    let (out, home) = (climb(sources, up) { nodes[$0].up }, climb(targets, down) { nodes[$0].down })
+    var (slowest, latency) = (max(out.slowest, home.slowest), out.latency + home.latency)
     if !peers.isEmpty {
       let links = demand.cluster.peers
       for seat in sources {
@@ -155,5 +132,27 @@ private struct Way {
       }
     }
     return slowest * demand.shape.rowBytes.value + latency
+  }
+
+  /// Of the links between some seats and the top that carry anything: what the slowest takes for a row's byte each, and the
+  /// latency of the longest way.
+  @inline(__always)
+  private func climb(
+    _ seats: Range<Int>, _ loads: UnsafeMutableBufferPointer<Double>, _ link: (Int) -> Cluster.Cost
+  ) -> (slowest: Double, latency: Double) {
+    let (nodes, first) = (demand.nodes, round * demand.nodes.count)
+    var (slowest, longest) = (0.0, 0.0)
+    for seat in seats {
+      var (node, latency) = (seat, 0.0)
+      while node != top {
+        if loads[first + node] > 0 {
+          slowest = max(slowest, loads[first + node] * link(node).slowness)
+          latency += link(node).latency
+        }
+        node = nodes[node].parent
+      }
+      longest = max(longest, latency)
+    }
+    return (slowest, longest)
   }
 }
