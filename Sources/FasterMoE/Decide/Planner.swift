@@ -150,8 +150,8 @@ package struct Planner {
   private static let mostPairs = 1 << 20
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
-  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step: half as much
-  /// on a fast core, twice that on a slow one.
+  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. A Zen 1 at 2.5 GHz
+  /// takes more than twice that.
   private static let share = 0.01
   private static let secondsEach = Seconds(1e-8)
   /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
