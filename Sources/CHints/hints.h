@@ -51,6 +51,30 @@ __attribute__((always_inline)) static inline hint_lanes hint_odds(hint_lanes x) 
   return __builtin_shufflevector(x, x, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
 }
 
+/* 8 rows of 8 floats, `apart` floats from one to the next, across their diagonal to rows that are `to_apart` apart: in pairs,
+ * then in fours, then by halves, with three shuffles a row where Swift's even and odd halves take six. */
+#define HINT_8(x, y, a, b, c, d, e, f, g, h) __builtin_shufflevector(x, y, a, b, c, d, e, f, g, h)
+__attribute__((always_inline)) static inline void hint_turn(const float *from, long apart, float *to, long to_apart) {
+  hint_8_lanes rows[8], pairs[8], fours[8];
+  for (int i = 0; i < 8; i++) __builtin_memcpy(&rows[i], from + i * apart, sizeof rows[i]);
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = HINT_8(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = HINT_8(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = HINT_8(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[i + 2 * j + 1] = HINT_8(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    hint_8_lanes low = HINT_8(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    hint_8_lanes high = HINT_8(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    __builtin_memcpy(to + i * to_apart, &low, sizeof low);
+    __builtin_memcpy(to + (i + 4) * to_apart, &high, sizeof high);
+  }
+}
+#undef HINT_8
+
 /* The finaliser of SplitMix64 for 8 words at once: Swift multiplies them one by one. */
 typedef unsigned long long hint_words __attribute__((ext_vector_type(8)));
 __attribute__((always_inline)) static inline hint_words hint_mix(hint_words z) {

@@ -46,7 +46,9 @@ final class Trial: @unchecked Sendable {
     func panels(_ width: Int) -> Panels {
       Panels(arena.take(Choices.mostRows * Panels.padded(width)), width: width)
     }
-    return (Product.Desk(arena: &arena, longest: max(model, hidden)), panels(model), panels(hidden))
+    return (
+      Product.Desk(arena: &arena, rows: Choices.mostRows, longest: max(model, hidden)), panels(model), panels(hidden)
+    )
   }
 
   /// Both products of `way` with each matrix.
@@ -65,11 +67,11 @@ final class Trial: @unchecked Sendable {
       case .straight(let kernel): multiply(left, Factor(matrix, depth: left.width, columns: columns), kernel, desk)
       case .outer(let byRows):
         // As many of its rows at a time as a task takes.
-        for first in stride(from: 0, to: columns, by: 128) {
+        for first in stride(from: 0, to: columns, by: Outer.columnsAtOnce) {
           Outer.add(
-            isInward ? wide : narrow, first..<min(columns, first + 128), left, rows: rows, times: 1,
+            isInward ? wide : narrow, first..<min(columns, first + Outer.columnsAtOnce), left, rows: rows, times: 1,
             to: gradients.base.assumingMemoryBound(to: Float.self) + place, stride: left.width, writes: true,
-            byRows: byRows, tile: desk.tile)
+            byRows: byRows, on: desk)
         }
       }
     }

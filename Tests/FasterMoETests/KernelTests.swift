@@ -54,7 +54,7 @@ struct Numbers {
         let flatTransposed = (0..<columns).flatMap { c in b.map { $0[c] } }
         for transposed in [false, true] {
           let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32 + 1)
-          let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+          let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
           defer {
             strip.deallocate()
             tile.deallocate()
@@ -62,13 +62,14 @@ struct Numbers {
           strip[depth * 32] = 99
           for column in stride(from: 0, to: columns, by: 32) {
             if transposed {
-              Strip.rows(of: flatTransposed, depth: depth, from: column, limit: columns, into: strip)
+              Strip.rows(
+                of: flatTransposed, stride: depth, depth: depth, from: column, limit: columns, into: strip)
             } else {
               Strip.columns(of: flat, stride: columns, depth: depth, from: column, limit: columns, into: strip)
             }
             #expect(strip[depth * 32] == 99)
             Panels.forEach(rows: rows) { first, high in
-              Tiles.product(panel: left.panels.panel(first), high: high, strip: strip, depth: depth, into: tile)
+              Self.product(left.panels, first, high, strip, depth, tile)
               for i in 0..<high {
                 for c in 0..<min(32, columns - column) {
                   let exact = (0..<depth).reduce(0.0) { $0 + Double(a[first + i][$1]) * Double(b[$1][column + c]) }
@@ -93,7 +94,7 @@ struct Numbers {
         let left = PanelMatrix(a, width: leftWidth)
         let right = PanelMatrix(b, width: rightWidth)
         defer { withExtendedLifetime((left, right)) {} }
-        let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+        let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
         defer { tile.deallocate() }
         var column = 0
         while column < leftWidth {
@@ -114,37 +115,134 @@ struct Numbers {
     }
   }
 
+  /// Memory for products of up to `rows` rows, and a desk in it.
+  final class DeskMemory {
+    let desk: Product.Desk
+    private let memory: UnsafeMutableRawPointer
+    init(rows: Int, longest: Int) {
+      var size = Arena()
+      _ = Product.Desk(arena: &size, rows: rows, longest: longest)
+      memory = .allocate(byteCount: size.bytes, alignment: 64)
+      memory.initializeMemory(as: UInt8.self, repeating: 0xFF, count: size.bytes)
+      var arena = Arena(over: memory)
+      desk = Product.Desk(arena: &arena, rows: rows, longest: longest)
+    }
+    deinit { memory.deallocate() }
+  }
+
+  /// Deep matrices are packed a part at a time, which is not to show in the bits.
+  @Test(arguments: [100, 128, 129, 300, 513]) func partsOfAStripGiveTheBitsOfTheWhole(depth: Int) {
+    var numbers = Numbers(8)
+    let columns = 40
+    let weights = numbers.array(depth * columns)
+    let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
+    defer { strip.deallocate() }
+    for rows in [1, 11, 12, 25, 150] {
+      let memory = DeskMemory(rows: rows, longest: depth)
+      let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
+      defer { withExtendedLifetime((memory, left)) {} }
+      weights.withUnsafeBufferPointer { weights in
+        for factor in [
+          Factor(weights.baseAddress!, depth: depth, columns: columns),
+          Factor(transposing: weights.baseAddress!, depth: depth, columns: columns),
+        ] {
+          var seen = 0
+          Product.forEachTile(rows, in: 0..<columns, by: .strips, Product(left.panels, factor, on: memory.desk)) {
+            column, row, high, tile, _ in
+            seen += high
+            let expected = UnsafeMutablePointer<Float>.allocate(capacity: Panels.height * 32)
+            defer { expected.deallocate() }
+            factor.pack(column, 0..<depth, into: strip)
+            Self.product(left.panels, row, high, strip, depth, expected)
+            #expect(
+              (0..<high * 32).allSatisfy { tile[$0].bitPattern == expected[$0].bitPattern }, "rows \(rows), row \(row)")
+          }
+          #expect(seen == 2 * rows)
+        }
+      }
+    }
+  }
+
+  /// Gradients of weights against Double loops, some columns of them, added and written; both ways to walk them give the
+  /// same bits.
+  @Test(arguments: [1, 12, 13, 128, 239, 240, 241, 500]) func sumsOverRowsEqualDoubleLoops(rows: Int) {
+    var numbers = Numbers(9)
+    let memory = DeskMemory(rows: rows, longest: 64)
+    defer { withExtendedLifetime(memory) {} }
+    for (leftWidth, range, rightWidth) in [(1, 0..<1, 1), (48, 0..<48, 48), (230, 16..<221, 33), (105, 96..<105, 64)] {
+      let a = Self.matrix(rows, leftWidth, &numbers)
+      let b = Self.matrix(rows, rightWidth, &numbers)
+      let left = PanelMatrix(a, width: leftWidth)
+      let right = PanelMatrix(b, width: rightWidth)
+      defer { withExtendedLifetime((left, right)) {} }
+      for writes in [false, true] {
+        let before = numbers.array(leftWidth * rightWidth)
+        func gradient(byRows: Bool) -> [Float] {
+          var gradient = before
+          gradient.withUnsafeMutableBufferPointer {
+            Outer.add(
+              left.panels, range, right.panels, rows: rows, times: 0.5, to: $0.baseAddress!, stride: rightWidth,
+              writes: writes, byRows: byRows, on: memory.desk)
+          }
+          return gradient
+        }
+        let sums = gradient(byRows: false)
+        #expect(sums.map(\.bitPattern) == gradient(byRows: true).map(\.bitPattern))
+        for row in 0..<leftWidth {
+          for column in 0..<rightWidth {
+            let at = row * rightWidth + column
+            guard range.contains(row) else {
+              #expect(sums[at].bitPattern == before[at].bitPattern, "another row")
+              continue
+            }
+            let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][row]) * Double(b[$1][column]) } / 2
+            #expect(abs(Double(sums[at]) - exact - (writes ? 0 : Double(before[at]))) <= Self.bound(terms: rows))
+          }
+        }
+      }
+    }
+  }
+
   /// The same row gives the same bits whatever stands beside it: how rows are cut cannot matter.
   @Test func aRowsBitsDoNotDependOnItsPanel() {
     var numbers = Numbers(3)
     let depth = 100
     let rows = Self.matrix(12, depth, &numbers)
     let weights = numbers.array(depth * 32)
-    let whole = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
-    let part = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+    let whole = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
+    let part = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
     defer {
       whole.deallocate()
       part.deallocate()
     }
     let all = PanelMatrix(rows, width: depth)
     defer { withExtendedLifetime(all) {} }
-    Tiles.product(panel: all.panels.panel(0), high: 12, strip: weights, depth: depth, into: whole)
+    Self.product(all.panels, 0, 12, weights, depth, whole)
     for high in 1...11 {
       let some = PanelMatrix(Array(rows[..<high]), width: depth)
       defer { withExtendedLifetime(some) {} }
-      Tiles.product(panel: some.panels.panel(0), high: high, strip: weights, depth: depth, into: part)
+      Self.product(some.panels, 0, high, weights, depth, part)
       for i in 0..<high * 32 { #expect(part[i].bitPattern == whole[i].bitPattern) }
     }
+  }
+
+  /// A panel times a whole strip, in one piece.
+  private static func product(
+    _ left: Panels, _ first: Int, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
+    _ tile: UnsafeMutablePointer<Float>
+  ) {
+    Tiles.product(
+      panel: left.panel(first), high: high, strip: strip, depth: depth, into: tile, begins: true, next: left.panel(0))
   }
 
   /// That `tile` [rows, 32] is what the packed strip gives, bit by bit.
   private static func expectBitsOfTiles(
     _ tile: UnsafePointer<Float>, _ left: Panels, rows: Int, strip: UnsafePointer<Float>, depth: Int
   ) {
-    let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+    let expected = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
     defer { expected.deallocate() }
     Panels.forEach(rows: rows) { first, high in
-      Tiles.product(panel: left.panel(first), high: high, strip: strip, depth: depth, into: expected)
+      product(left, first, high, strip, depth, expected)
       for i in 0..<high {
         for c in 0..<32 {
           #expect(
@@ -161,12 +259,12 @@ struct Numbers {
       let weights = numbers.array(32 * depth)
       let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
       let scratch = UnsafeMutablePointer<Float>.allocate(capacity: FewRows.scratch(depth: depth))
-      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
       defer { for memory in [strip, scratch, tile] { memory.deallocate() } }
       weights.withUnsafeBufferPointer { weights in
         let factor = Factor(transposing: weights.baseAddress!, depth: depth, columns: 32)
         #expect(factor.rowsInPlace(17) == nil && factor.rowsInPlace(16) == weights.baseAddress! + 16 * depth)
-        factor.pack(0, into: strip)
+        factor.pack(0, 0..<depth, into: strip)
         for rows in 1...Choices.mostRows {
           let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
           defer { withExtendedLifetime(left) {} }
@@ -194,7 +292,7 @@ struct Numbers {
     for depth in [1, 15, 16, 17, 64, 100, 1024] {
       let weights = numbers.array(FewRows.columns * depth)
       let scratch = UnsafeMutablePointer<Float>.allocate(capacity: Dots.scratch)
-      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
       defer { for memory in [scratch, tile] { memory.deallocate() } }
       let rows = Self.matrix(Dots.most, depth, &numbers)
       var bits: [[UInt32]] = []
@@ -222,13 +320,13 @@ struct Numbers {
       let weights = numbers.array(columns * depth + 16)
       let strip = UnsafeMutablePointer<Float>.allocate(capacity: depth * 32)
       let sums = UnsafeMutablePointer<Float>.allocate(capacity: Choices.mostRows * 16)
-      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats)
+      let tile = UnsafeMutablePointer<Float>.allocate(capacity: Tiles.floats(rows: Choices.mostRows))
       defer { for memory in [strip, sums, tile] { memory.deallocate() } }
       weights.withUnsafeBufferPointer { weights in
         let factor = Factor(weights.baseAddress!, depth: depth, columns: columns)
         #expect(factor.matrixInPlace == weights.baseAddress!)
         #expect(Factor(weights.baseAddress!, depth: depth, columns: columns - 1).matrixInPlace == nil)
-        factor.pack(0, into: strip)
+        factor.pack(0, 0..<depth, into: strip)
         for rows in 1...Choices.mostRows {
           let left = PanelMatrix(Self.matrix(rows, depth, &numbers), width: depth)
           defer { withExtendedLifetime(left) {} }

@@ -21,12 +21,15 @@ package struct Factor {
     (self.matrix, self.depth, self.columns, isTransposed) = (matrix, depth, columns, true)
   }
 
-  /// Packs the 32 columns from `column` on; zeros stand for columns behind the last.
-  package func pack(_ column: Int, into strip: UnsafeMutablePointer<Float>) {
+  /// Packs `rows` of the 32 columns from `column` on; zeros stand for columns behind the last.
+  package func pack(_ column: Int, _ rows: Range<Int>, into strip: UnsafeMutablePointer<Float>) {
     if isTransposed {
-      Strip.rows(of: matrix, depth: depth, from: column, limit: columns, into: strip)
+      Strip.rows(
+        of: matrix + rows.lowerBound, stride: depth, depth: rows.count, from: column, limit: columns, into: strip)
     } else {
-      Strip.columns(of: matrix, stride: columns, depth: depth, from: column, limit: columns, into: strip)
+      Strip.columns(
+        of: matrix + rows.lowerBound * columns, stride: columns, depth: rows.count, from: column, limit: columns,
+        into: strip)
     }
   }
 
@@ -38,18 +41,19 @@ package struct Factor {
   /// The matrix itself, where it is not transposed and its columns fill whole vectors.
   package var matrixInPlace: UnsafePointer<Float>? { isTransposed || columns % 16 != 0 ? nil : matrix }
 
-  /// Asks for share `part` of `parts` of what packing `column` will read, while a strip before it is in use.
+  /// Asks for share `share` of `shares` of what packing `rows` of `column` will read, while what is packed is in use.
   @inline(__always)
-  package func prefetch(_ column: Int, part: Int, of parts: Int) {
+  package func prefetch(_ column: Int, _ rows: Range<Int>, share: Int, of shares: Int) {
     let width = min(Strip.width, columns - column)
     guard width > 0 else { return }
     if isTransposed {
       Prefetch.read(
-        matrix + column &* depth, stride: depth, rows: width &* part / parts..<width &* (part &+ 1) / parts,
-        columns: depth)
+        matrix + (column &* depth &+ rows.lowerBound), stride: depth,
+        rows: width &* share / shares..<width &* (share &+ 1) / shares, columns: rows.count)
     } else {
       Prefetch.read(
-        matrix + column, stride: columns, rows: depth &* part / parts..<depth &* (part &+ 1) / parts, columns: width)
+        matrix + (rows.lowerBound &* columns &+ column), stride: columns,
+        rows: rows.count &* share / shares..<rows.count &* (share &+ 1) / shares, columns: width)
     }
   }
 }
@@ -57,6 +61,13 @@ package struct Factor {
 /// How a strip is packed.
 package enum Strip {
   package static let width = 32
+  /// Most rows of a matrix that are packed at a time. With AVX2 a tile passes 128 bytes of a strip in 12 cycles, too fast for
+  /// the second cache: half of the first holds as many.
+  #if WIDE_VECTORS
+    package static let depth = 1 << 40
+  #else
+    package static let depth = 128
+  #endif
 
   /// Columns `column..<column + 32` of a row-major `matrix` [depth, stride]; what lies behind `limit` becomes 0.
   static func columns(
@@ -84,9 +95,11 @@ package enum Strip {
     }
   }
 
-  /// Rows `row..<row + 32` of a row-major `matrix` [limit, depth], transposed; what lies behind `limit` becomes 0.
+  /// Rows `row..<row + 32` of a row-major `matrix` [limit, stride], its first `depth` columns, transposed; what lies behind
+  /// `limit` becomes 0.
   static func rows(
-    of matrix: UnsafePointer<Float>, depth: Int, from row: Int, limit: Int, into strip: UnsafeMutablePointer<Float>
+    of matrix: UnsafePointer<Float>, stride: Int, depth: Int, from row: Int, limit: Int,
+    into strip: UnsafeMutablePointer<Float>
   ) {
     for half in 0..<2 {
       let first = row + half * 16
@@ -95,17 +108,25 @@ package enum Strip {
       if present == 16 {
         var k = 0
         while k + 16 <= depth {
-          let block = transposed(matrix + (first &* depth &+ k), stride: depth)
-          for i in 0..<16 { to.store(block[unchecked: i], at: (k &+ i) &* 32) }
+          #if WIDE_VECTORS
+            let block = transposed(matrix + (first &* stride &+ k), stride: stride)
+            for i in 0..<16 { to.store(block[unchecked: i], at: (k &+ i) &* 32) }
+          #else
+            for lane in Swift.stride(from: 0, to: 16, by: 8) {
+              let rows = matrix + ((first &+ lane) &* stride &+ k)
+              hint_turn(rows, stride, to + (k &* 32 &+ lane), 32)
+              hint_turn(rows + 8, stride, to + ((k &+ 8) &* 32 &+ lane), 32)
+            }
+          #endif
           k &+= 16
         }
         while k < depth {
-          for lane in 0..<16 { to[k &* 32 &+ lane] = matrix[(first &+ lane) &* depth &+ k] }
+          for lane in 0..<16 { to[k &* 32 &+ lane] = matrix[(first &+ lane) &* stride &+ k] }
           k &+= 1
         }
       } else {
         for k in 0..<depth {
-          for lane in 0..<16 { to[k &* 32 &+ lane] = lane < present ? matrix[(first &+ lane) &* depth &+ k] : 0 }
+          for lane in 0..<16 { to[k &* 32 &+ lane] = lane < present ? matrix[(first &+ lane) &* stride &+ k] : 0 }
         }
       }
     }

@@ -11,18 +11,18 @@ package struct Product {
 
   /// The memory in which a thread makes one product at a time.
   package struct Desk {
-    /// A result tile of any kernel.
+    /// Result tiles of any kernel, those of all rows of 32 columns.
     package let tile: UnsafeMutablePointer<Float>
-    /// Packed columns of a matrix [depth, 32].
+    /// Packed columns of a matrix, `Strip.depth` of its rows.
     let strip: UnsafeMutablePointer<Float>
     /// What kernels in place keep.
     let scratch: UnsafeMutablePointer<Float>
 
-    /// For matrices of no more than `longest` rows or columns.
-    package init(arena: inout Arena, longest: Int) {
-      tile = arena.take(Tiles.floats)
-      strip = arena.take(longest * Strip.width)
-      scratch = arena.take(max(FewRows.scratch(depth: longest), Dots.scratch))
+    /// For up to `rows` rows and matrices of no more than `longest` rows or columns.
+    package init(arena: inout Arena, rows: Int, longest: Int) {
+      tile = arena.take(Tiles.floats(rows: max(rows, Choices.mostRows)))
+      strip = arena.take(min(longest, Strip.depth) * Strip.width)
+      scratch = arena.take(max(FewRows.scratch(depth: longest), Dots.scratch, Outer.scratch(rows: rows)))
     }
   }
 
@@ -55,23 +55,42 @@ package struct Product {
       if let second { FewRows.prepare(second.left, rows: rows, scratch: second.desk.scratch) }
     }
     for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
-      let inPlace = isInPlace && product.multiplyInPlace(column, rows, by: kernel)
-      if inPlace {
+      if isInPlace, product.multiplyInPlace(column, rows, by: kernel) {
         _ = second?.multiplyInPlace(column, rows, by: kernel)
+        Panels.forEach(rows: rows) { row, high in
+          body(column, row, high, product.tile(row), (second ?? product).tile(row))
+        }
       } else {
-        product.factor.pack(column, into: product.desk.strip)
-        second?.factor.pack(column, into: second!.desk.strip)
+        forEachTileOfStrip(column, rows, product, second, body)
       }
-      let panels = Panels.count(rows)
+    }
+  }
+
+  /// The same for 32 columns, packed: what the first cache holds of them meets all rows, then what stands below.
+  @inline(__always)
+  private static func forEachTileOfStrip(
+    _ column: Int, _ rows: Int, _ product: Product, _ second: Product?,
+    _ body: (
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
+    ) -> Void
+  ) {
+    let depth = product.factor.depth
+    let panels = Panels.count(rows)
+    for from in stride(from: 0, to: depth, by: Strip.depth) {
+      let part = from..<min(depth, from + Strip.depth)
+      let isLast = part.upperBound == depth
+      let next =
+        isLast
+        ? (column + Strip.width, 0..<min(depth, Strip.depth))
+        : (column, part.upperBound..<min(depth, part.upperBound + Strip.depth))
+      product.factor.pack(column, part, into: product.desk.strip)
+      second?.factor.pack(column, part, into: second!.desk.strip)
       for panel in 0..<panels {
         let row = panel * Panels.height
         let high = min(Panels.height, rows - row)
-        let shift = inPlace ? row * Strip.width : 0
-        if !inPlace {
-          product.multiply(row, high, prefetching: column + Strip.width, panel, panels)
-          second?.multiply(row, high, prefetching: column + Strip.width, panel, panels)
-        }
-        body(column, row, high, product.desk.tile + shift, (second ?? product).desk.tile + shift)
+        product.multiply(row, of: rows, part, prefetching: next, panel, panels)
+        second?.multiply(row, of: rows, part, prefetching: next, panel, panels)
+        if isLast { body(column, row, high, product.tile(row), (second ?? product).tile(row)) }
       }
     }
   }
@@ -94,8 +113,7 @@ package struct Product {
         second?.add(rows, from, column, intoTile: isLast)
         guard isLast else { continue }
         Panels.forEach(rows: rows) { row, high in
-          let shift = row * Strip.width
-          body(column, row, high, product.desk.tile + shift, (second ?? product).desk.tile + shift)
+          body(column, row, high, product.tile(row), (second ?? product).tile(row))
         }
       }
     }
@@ -140,10 +158,23 @@ package struct Product {
     }
   }
 
-  /// Makes the tile of one panel with the packed strip, asking meanwhile for a share of the next one.
+  /// Where the results of the panel from `row` on stand.
+  @inline(__always) private func tile(_ row: Int) -> UnsafeMutablePointer<Float> { desk.tile + row &* Strip.width }
+
+  /// Adds to the tile of one panel what the packed part of a strip gives, asking meanwhile for a share of the next one.
   @inline(__always)
-  private func multiply(_ row: Int, _ high: Int, prefetching next: Int, _ panel: Int, _ panels: Int) {
-    factor.prefetch(next, part: panel, of: panels)
-    Tiles.product(panel: left.panel(row), high: high, strip: desk.strip, depth: factor.depth, into: desk.tile)
+  private func multiply(
+    _ row: Int, of rows: Int, _ part: Range<Int>, prefetching next: (column: Int, part: Range<Int>), _ panel: Int,
+    _ panels: Int
+  ) {
+    factor.prefetch(next.column, next.part, share: panel, of: panels)
+    func place(_ row: Int, _ from: Int) -> UnsafePointer<Float> {
+      UnsafePointer(left.panel(row)) + from &* min(Panels.height, rows &- row)
+    }
+    let isLast = panel &+ 1 == panels
+    Tiles.product(
+      panel: place(row, part.lowerBound), high: min(Panels.height, rows &- row), strip: desk.strip, depth: part.count,
+      into: tile(row), begins: part.lowerBound == 0,
+      next: isLast ? place(0, part.upperBound) : place(row &+ Panels.height, part.lowerBound))
   }
 }

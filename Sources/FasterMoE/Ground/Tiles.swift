@@ -1,32 +1,36 @@
+import CHints
+
 /// The inner loops of products: small tiles of the result that stay in registers from the first term to the last.
 ///
 /// Every element is one chain of fused multiply-adds in the order of its terms, whatever the tile's shape. So how rows
 /// and columns are cut, and for how many threads, never changes a bit of the result.
 package enum Tiles {
-  /// Room that the largest tile of any kernel takes.
-  static let floats = max(Choices.mostRows * Strip.width, outerRows * outerBlocks * 16)
+  /// Room that the tiles of any kernel take, of products of up to `rows` rows.
+  static func floats(rows: Int) -> Int { max(rows * Strip.width, Outer.columnsAtOnce * outerBlocks * 16) }
 
-  /// tile [high, 32] = panel [high, depth] · strip [depth, 32].
+  /// tile [high, 32] += panel [high, depth] · strip [depth, 32]; or = where it `begins`. `next` is the panel that will come
+  /// after this one.
   @inline(__always)
   static func product(
     panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int,
-    into tile: UnsafeMutablePointer<Float>
+    into tile: UnsafeMutablePointer<Float>, begins: Bool, next: UnsafePointer<Float>
   ) {
+    if begins { tile.update(repeating: 0, count: high &* Strip.width) }
     #if WIDE_VECTORS
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
       switch high {
-      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile)
-      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile)
-      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile)
-      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile)
-      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile)
-      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile)
-      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile)
-      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile)
-      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile)
-      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile)
-      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile)
-      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile)
+      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next)
+      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile, next)
+      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile, next)
+      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile, next)
+      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile, next)
+      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile, next)
+      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile, next)
+      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile, next)
+      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile, next)
+      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile, next)
+      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile, next)
+      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next)
       }
     #else
       // 6 rows of two 8-float registers each are 12 sums of the 16 registers.
@@ -35,12 +39,12 @@ package enum Tiles {
         let a = panel + (row &* 16)
         let c = tile + (row &* 32)
         switch high &- row {
-        case 6...: narrow(ProductTile<6, 1>.self, a, high, strip, depth, c)
-        case 5: narrow(ProductTile<5, 1>.self, a, high, strip, depth, c)
-        case 4: narrow(ProductTile<4, 1>.self, a, high, strip, depth, c)
-        case 3: narrow(ProductTile<3, 1>.self, a, high, strip, depth, c)
-        case 2: narrow(ProductTile<2, 1>.self, a, high, strip, depth, c)
-        default: narrow(ProductTile<1, 1>.self, a, high, strip, depth, c)
+        case 6...: narrow(ProductTile<6, 1>.self, a, high, strip, depth, c, row &+ 6 < high ? a + 96 : next)
+        case 5: narrow(ProductTile<5, 1>.self, a, high, strip, depth, c, next)
+        case 4: narrow(ProductTile<4, 1>.self, a, high, strip, depth, c, next)
+        case 3: narrow(ProductTile<3, 1>.self, a, high, strip, depth, c, next)
+        case 2: narrow(ProductTile<2, 1>.self, a, high, strip, depth, c, next)
+        default: narrow(ProductTile<1, 1>.self, a, high, strip, depth, c, next)
         }
         row &+= 6
       }
@@ -51,11 +55,10 @@ package enum Tiles {
     @inline(__always)
     private static func narrow<let M: Int>(
       _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
-      _ depth: Int,
-      _ tile: UnsafeMutablePointer<Float>
+      _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
     ) {
-      ProductTile<M, 1>.run(panel, high, strip, depth, tile)
-      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16)
+      ProductTile<M, 1>.run(panel, high, strip, depth, tile, next)
+      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16, next)
     }
   #endif
 
@@ -95,23 +98,29 @@ package enum Tiles {
   }
 }
 
-/// M rows × N vectors of a product's result; `tile` has rows of 32.
+/// M rows × N vectors of a product's result, added to `tile`, which has rows of 32.
 ///
 /// Each vector column of sums is an array of its own: that is what the optimiser turns into registers.
 private enum ProductTile<let M: Int, let N: Int> {
   @inline(never)
   static func run(
     _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
-    _ tile: UnsafeMutablePointer<Float>
+    _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
   ) {
-    var sums0 = InlineArray<M, Vector>(repeating: .zero)
-    var sums1 = InlineArray<M, Vector>(repeating: .zero)
+    var sums0 = InlineArray<M, Vector> { tile.vector(at: $0 &* 32) }
+    var sums1 = InlineArray<M, Vector> { N > 1 ? tile.vector(at: $0 &* 32 &+ 16) : .zero }
     var a = panel
     var b = strip
+    var later = next
     var left = depth
     while left > 0 {
-      let end = min(16, left)
+      #if !WIDE_VECTORS
+        // A line of each row every 16 terms is too much to wait for, from the second cache or behind it.
+        for i in 0..<M { hint_read_soon(later + i &* 16) }
+        later += high &* 16
+      #endif
       var k = 0
+      let end = min(16, left)
       while k < end {
         let b0 = b.vector()
         let b1 = N > 1 ? b.vector(at: 16) : .zero
@@ -170,3 +179,25 @@ private enum OuterTile<let M: Int, let N: Int> {
     }
   }
 }
+
+#if !WIDE_VECTORS
+  /// 6 columns of a left factor × 16 of a right one, both packed, [rows, 6] and [rows, 16], added to `tile` [6, 16].
+  enum PackedTile {
+    static let columns = 6
+
+    @inline(never)
+    static func run(
+      _ left: UnsafePointer<Float>, _ right: UnsafePointer<Float>, _ rows: Int, _ tile: UnsafeMutablePointer<Float>
+    ) {
+      var sums = InlineArray<6, Vector> { tile.vector(at: $0 &* 16) }
+      var (a, b) = (left, right)
+      for _ in 0..<rows {
+        let row = b.vector()
+        for i in 0..<columns { sums[unchecked: i].addProduct(Vector(repeating: a[i]), row) }
+        a += columns
+        b += 16
+      }
+      for i in 0..<columns { tile.store(sums[unchecked: i], at: i &* 16) }
+    }
+  }
+#endif

@@ -332,12 +332,11 @@ extension PassContext {
 
   // MARK: Weight gradients
 
-  /// Tasks that make one block's weight gradients; each takes `columnsPerTask` rows of one matrix.
+  /// Tasks that make one block's weight gradients; each takes `Outer.columnsAtOnce` rows of one matrix.
   static func weightTasks(_ shape: Shape) -> Int {
     pieces(shape.model) + pieces(shape.hidden) * (shape.activation.isGated ? 2 : 1)
   }
-  private static var columnsPerTask: Int { 128 }
-  private static func pieces(_ width: Int) -> Int { (width + columnsPerTask - 1) / columnsPerTask }
+  private static func pieces(_ width: Int) -> Int { (width + Outer.columnsAtOnce - 1) / Outer.columnsAtOnce }
 
   /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums, each over W: what adds up here are the
   /// losses of all workers, and a gradient is that of their mean.
@@ -351,13 +350,13 @@ extension PassContext {
     let writes = writesGradients && block.previous < 0
     let byRows = Choices.outerByRows(rows: rows, weights: d * h, threads: team.threads)
     func range(_ piece: Int, _ width: Int) -> Range<Int> {
-      piece * PassContext.columnsPerTask..<min(width, (piece + 1) * PassContext.columnsPerTask)
+      piece * Outer.columnsAtOnce..<min(width, (piece + 1) * Outer.columnsAtOnce)
     }
     if part < PassContext.pieces(d) {
       let outputs = range(part, d)
       Outer.add(
         slot.grads, outputs, slot.hidden, rows: rows, times: share, to: grads.outward, stride: h, writes: writes,
-        byRows: byRows, tile: desk.first.tile)
+        byRows: byRows, on: desk.first)
       if let bias = grads.outwardBias {
         addSums(slot.grads, outputs, rows: rows, scales: slot.scales, times: share, to: bias, writes)
       }
@@ -367,7 +366,7 @@ extension PassContext {
       let units = range(piece, h)
       Outer.add(
         inner, units, slot.tokens, rows: rows, times: share, to: matrix == 0 ? grads.inward : grads.inwardLinear!,
-        stride: d, writes: writes, byRows: byRows, tile: desk.first.tile)
+        stride: d, writes: writes, byRows: byRows, on: desk.first)
       if let bias = grads.inwardBias { addSums(inner, units, rows: rows, scales: nil, times: share, to: bias, writes) }
     }
   }

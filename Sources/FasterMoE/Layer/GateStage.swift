@@ -99,7 +99,7 @@ extension PassContext {
           store.logits.from(rows.lowerBound), 0..<layer.columns, columns, rows: rows.count, times: 1,
           to: layer.gradients.gate + column, stride: d, writes: false,
           byRows: Choices.outerByRows(rows: rows.count, weights: layer.columns * d, threads: team.threads),
-          tile: desk.first.tile)
+          on: desk.first)
         task += 1
       }
     }

@@ -104,7 +104,8 @@ struct Workspace {
     let scores = Panels.padded(columns)
     let longest = max(shape.model, shape.hidden, columns)
     return Desk(
-      first: Product.Desk(arena: &arena, longest: longest), second: Product.Desk(arena: &arena, longest: longest),
+      first: Product.Desk(arena: &arena, rows: Block.mostRows, longest: longest),
+      second: Product.Desk(arena: &arena, rows: Block.mostRows, longest: longest),
       tokens: Panels(arena.take(gateRows * Panels.padded(shape.model)), width: shape.model),
       columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), scores: arena.take(scores),
       logits: arena.take(scores), probabilities: arena.take(scores), gradScores: arena.take(scores),
