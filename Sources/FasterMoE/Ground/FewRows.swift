@@ -114,8 +114,13 @@ package enum FewRows {
 
 extension FewRows {
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
-  /// are a power of two apart, twice, since the next ones are on their way.
-  package static let depthAtOnce = 64
+  /// are a power of two apart, twice, since the next ones are on their way. That of processors without AVX-512 is half as
+  /// large.
+  #if WIDE_VECTORS
+    package static let depthAtOnce = 64
+  #else
+    package static let depthAtOnce = 32
+  #endif
 
   /// tile [rows, `apart`] = sums [rows, 16] + left [rows, depth from..<from + count] · weights [count, 16], whose rows are
   /// `stride` apart. `tile` may be `sums`.
