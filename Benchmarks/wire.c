@@ -5,7 +5,9 @@
  * In turns, in one run: steps of a layer whose experts have one hidden unit, with the coarse schedule, in which rows move
  * while nothing else goes on; steps of as many rows by a worker alone, who moves none; and the same bytes between the same
  * ranks through plain TCP sockets, all peers and both directions at once. A step moves its rows four times: there and back,
- * forward and backward. What moving takes is what the first kind of step takes longer than the second. */
+ * forward and backward. What moving takes is what the first kind of step takes longer than the second. `busy` is the share
+ * of a rank's core that the sockets take, which no computing can have beside them. */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fastermoe_mpi.h>
@@ -13,6 +15,7 @@
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -86,6 +89,22 @@ static void exchange(const char *out, char *in, int64_t bytes) {
   }
 }
 
+/* Seconds that this rank's core was busy so far, with whatever. */
+static double busy(void) {
+  char line[256], name[16];
+  FILE *file = fopen("/proc/stat", "r");
+  double value[8], sum = -1; /* user, nice, system, idle, waiting, interrupts, soft ones, stolen */
+  snprintf(name, sizeof name, "cpu%d ", sched_getcpu());
+  while (file && sum < 0 && fgets(line, sizeof line, file))
+    if (!strncmp(line, name, strlen(name)) &&
+        sscanf(line, "%*s %lf %lf %lf %lf %lf %lf %lf %lf", value, value + 1, value + 2, value + 3, value + 4, value + 5,
+               value + 6, value + 7) == 8)
+      sum = value[0] + value[1] + value[2] + value[5] + value[6];
+  if (file) fclose(file);
+  if (sum < 0) stop("/proc/stat");
+  return sum / (double)sysconf(_SC_CLK_TCK);
+}
+
 /* ---- both, in turns -------------------------------------------------------------------------- */
 static double slowest(double begin) {
   double mine = MPI_Wtime() - begin, all;
@@ -121,7 +140,7 @@ int main(int argc, char **argv) {
 
   FILE *out = rank == 0 && json ? fopen(json, "w") : NULL;
   if (out) fprintf(out, "{\"ranks\": %d, \"rows\": [", ranks);
-  if (rank == 0) printf("%d ranks; MB/s that leave each\nMB to each peer  sockets   rows  ratio  whole steps\n", ranks);
+  if (rank == 0) printf("%d ranks; MB/s that leave each\nMB to each peer  sockets   busy   rows  ratio  whole steps\n", ranks);
   for (int megabytes = 1; megabytes <= 16; megabytes *= 4) {
     int64_t bytes = (int64_t)megabytes << 20, each = bytes / (MODEL * 4), n = each * ranks;
     size_t floats = (size_t)n * MODEL;
@@ -131,11 +150,14 @@ int main(int argc, char **argv) {
     if (!x || !y || !dy || !dx || !weights || !choices) stop("memory");
     for (int64_t i = 0; i < n; i++) choices[i] = (int32_t)(i / each), weights[i] = 1;
     double plain[MOST_REPEATS], rows[MOST_REPEATS], ratio[MOST_REPEATS], steps[MOST_REPEATS];
+    double socket_seconds = 0, busy_seconds = 0;
     for (int r = -1; r < repeats; r++) { /* the first warms up */
-      double begin, seconds[3];
+      double begin, seconds[3], before, taken;
       MPI_Barrier(MPI_COMM_WORLD);
-      begin = MPI_Wtime();
+      before = busy(), begin = MPI_Wtime();
       for (int leg = 0; leg < 4; leg++) exchange((const char *)x, (char *)y, bytes);
+      taken = MPI_Wtime() - begin;
+      if (r >= 0) busy_seconds += busy() - before, socket_seconds += taken;
       seconds[0] = slowest(begin);
       for (int i = 0; i < 2; i++) {
         fmoe_pass *pass;
@@ -156,11 +178,11 @@ int main(int argc, char **argv) {
     qsort(rows, (size_t)repeats, sizeof *rows, by_size);
     qsort(steps, (size_t)repeats, sizeof *steps, by_size);
     qsort(ratio, (size_t)repeats, sizeof *ratio, by_size);
-    if (rank == 0) printf("%15d  %7.1f  %5.1f  %5.3f  %11.1f\n", megabytes, plain[repeats / 2], rows[repeats / 2],
-                          ratio[repeats / 2], steps[repeats / 2]);
+    if (rank == 0) printf("%15d  %7.1f  %4.0f %%  %5.1f  %5.3f  %11.1f\n", megabytes, plain[repeats / 2],
+                          100 * busy_seconds / socket_seconds, rows[repeats / 2], ratio[repeats / 2], steps[repeats / 2]);
     if (out)
-      fprintf(out, "%s\n  {\"megabytes\": %d, \"sockets\": %.4g, \"rows\": %.4g, \"ratio\": %.4g}", megabytes > 1 ? "," : "",
-              megabytes, plain[repeats / 2], rows[repeats / 2], ratio[repeats / 2]);
+      fprintf(out, "%s\n  {\"megabytes\": %d, \"sockets\": %.4g, \"busy\": %.3g, \"rows\": %.4g, \"ratio\": %.4g}", megabytes > 1 ? "," : "",
+              megabytes, plain[repeats / 2], busy_seconds / socket_seconds, rows[repeats / 2], ratio[repeats / 2]);
     free(x), free(y), free(dy), free(dx), free(weights), free(choices);
   }
   if (out) fprintf(out, "\n ]}\n"), fclose(out);
