@@ -163,6 +163,7 @@ static double memory_ratio(shape s, int threads) {
 }
 
 int main(int argc, char **argv) {
+  take_fitting_openblas(argv);
   const char *names = "ABE", *threads_list = NULL, *routings = "balanced,zipf", *json = NULL;
   int repeats = 9;
   for (int i = 1; i < argc; i += 2) {
@@ -195,6 +196,7 @@ int main(int argc, char **argv) {
   if (json && !out) return perror(json), 1;
   if (out) fprintf(out, "{\"limits\": [");
   double reading[8], plain[8]; /* bytes a second, from huge pages and from ordinary ones */
+  printf("OpenBLAS's kernels: %s\n", openblas_get_corename());
   printf("limits   threads  FMA GFLOP/s  sgemm 4096^3 GFLOP/s  memory read GB/s  from 4 KiB pages GB/s\n");
   for (int t = 0; t < count; t++) {
     double fma = fma_peak(sizes[t]), blas = sgemm_rate(sizes[t]), read = reading[t] = read_rate(sizes[t], 0);

@@ -84,6 +84,7 @@ static speeds bare_products(fmoe_layer *layer, int64_t rows, int threads) {
 }
 
 int main(int argc, char **argv) {
+  take_fitting_openblas(argv);
   int threads = 1, repeats = 5, count = 0;
   const char *csv = NULL, *svg = NULL, *list = "1,2,3,4,6,8,12,16,24,32,48,64,96";
   for (int i = 1; i + 1 < argc; i += 2) {
