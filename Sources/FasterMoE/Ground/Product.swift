@@ -35,19 +35,21 @@ package struct Product {
   }
 
   /// Multiplies `rows` rows, 32 columns at a time, and calls `body` with each panel's tile while it is hot: its column,
-  /// first row, height and memory, and that of the second product, if there is one, at the same place.
+  /// first row, height and memory, and that of the second product, if there is one, at the same place. `ahead` is called
+  /// before the tile is computed, to ask for the memory that `body` will touch.
   ///
   /// `columns` are all of them or begin and end at multiples of 32. Where a kernel in place cannot take the matrix, or some
   /// of its columns, strips do.
   @inline(__always)
   package static func forEachTile(
     _ rows: Int, in columns: Range<Int>, by kernel: Kernel, _ product: Product, _ second: Product? = nil,
+    ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void = { _, _, _ in },
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
   ) {
     if kernel != .strips, product.factor.matrixInPlace != nil {
-      return forEachTileInPlace(rows, columns, product, second, body)
+      return forEachTileInPlace(rows, columns, product, second, ahead, body)
     }
     let isInPlace = kernel != .strips && product.factor.rowsInPlace(columns.lowerBound) != nil
     if isInPlace, kernel == .inPlace {
@@ -55,13 +57,14 @@ package struct Product {
       if let second { FewRows.prepare(second.left, rows: rows, scratch: second.desk.scratch) }
     }
     for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
+      if isInPlace { Panels.forEach(rows: rows) { row, high in ahead(column, row, high) } }
       if isInPlace, product.multiplyInPlace(column, rows, by: kernel) {
         _ = second?.multiplyInPlace(column, rows, by: kernel)
         Panels.forEach(rows: rows) { row, high in
           body(column, row, high, product.tile(row), (second ?? product).tile(row))
         }
       } else {
-        forEachTileOfStrip(column, rows, product, second, body)
+        forEachTileOfStrip(column, rows, product, second, ahead, body)
       }
     }
   }
@@ -70,6 +73,7 @@ package struct Product {
   @inline(__always)
   private static func forEachTileOfStrip(
     _ column: Int, _ rows: Int, _ product: Product, _ second: Product?,
+    _ ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void,
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
@@ -88,6 +92,7 @@ package struct Product {
       for panel in 0..<panels {
         let row = panel * Panels.height
         let high = min(Panels.height, rows - row)
+        if isLast { ahead(column, row, high) }
         product.multiply(row, of: rows, part, prefetching: next, panel, panels)
         second?.multiply(row, of: rows, part, prefetching: next, panel, panels)
         if isLast { body(column, row, high, product.tile(row), (second ?? product).tile(row)) }
@@ -99,6 +104,7 @@ package struct Product {
   @inline(__always)
   private static func forEachTileInPlace(
     _ rows: Int, _ columns: Range<Int>, _ product: Product, _ second: Product?,
+    _ ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void,
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
@@ -109,6 +115,7 @@ package struct Product {
     for from in stride(from: 0, to: depth, by: FewRows.depthAtOnce) {
       let isLast = from + FewRows.depthAtOnce >= depth
       for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
+        if isLast { Panels.forEach(rows: rows) { row, high in ahead(column, row, high) } }
         product.add(rows, from, column, intoTile: isLast)
         second?.add(rows, from, column, intoTile: isLast)
         guard isLast else { continue }

@@ -68,11 +68,20 @@ extension PassContext {
     slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
     let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
-    Product.forEachTile(rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear) {
-      column, row, high, tile, linearTile in
-      let place = HiddenTile(
-        tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
+    func place(
+      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ linear: UnsafeMutablePointer<Float>
+    ) -> HiddenTile {
+      HiddenTile(
+        tile: tile, linearTile: linear, column: column, high: high, inner: inbox.inner.panel(first + row),
         innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+    }
+    let tile = desk.first.tile
+    Product.forEachTile(
+      rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
+      ahead: { place($0, $1, $2, tile, tile).askForUnits() }
+    ) {
+      column, row, high, tile, linearTile in
+      let place = place(column, row, high, tile, linearTile)
       switch shape.activation {
       case .gelu: place.activate(Gelu.self, bias: expert.inwardBias!, h)
       case .geluTanh: place.activate(GeluTanh.self, bias: expert.inwardBias!, h)
@@ -91,7 +100,10 @@ extension PassContext {
     let first = Int(block.row) + rows.lowerBound
     if again { activateAgain(first, rows.count, into: slot.hidden) }
     let outward = product(slot.hidden, Factor(transposing: expert.outward, depth: h, columns: d))
-    Product.forEachTile(rows.count, in: columns, by: forwardKernel(block, rows, outward), outward) {
+    Product.forEachTile(
+      rows.count, in: columns, by: forwardKernel(block, rows, outward), outward,
+      ahead: { column, row, high in askForRows(first + row, high, column) }
+    ) {
       column, row, high, tile, _ in
       storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil)
     }
@@ -250,7 +262,12 @@ extension PassContext {
     let block = inbox.blocks[index]
     let slot = workspace.slot(index, row: Int(block.row))
     let outward = product(grads, Factor(values(block).outward, depth: shape.model, columns: shape.hidden))
-    Product.forEachTile(rows.count, in: units, by: backwardKernel(rows, outward), outward) {
+    Product.forEachTile(
+      rows.count, in: units, by: backwardKernel(rows, outward), outward,
+      ahead: { column, row, high in
+        hiddenTile(desk.first.tile, column, high, Int(block.row), rows.lowerBound + row, slot).askForUnits()
+      }
+    ) {
       column, row, high, tile, _ in
       let row = rows.lowerBound + row
       body(hiddenTile(tile, column, high, Int(block.row), row, slot), row)
@@ -302,7 +319,10 @@ extension PassContext {
     let linear = expert.inwardLinear.map {
       secondProduct(inbox.innerLinear.from(first), Factor($0, depth: h, columns: d))
     }
-    Product.forEachTile(rows.count, in: columns, by: backwardKernel(rows, inward), inward, linear) {
+    Product.forEachTile(
+      rows.count, in: columns, by: backwardKernel(rows, inward), inward, linear,
+      ahead: { column, row, high in askForRows(first + row, high, column) }
+    ) {
       column, row, high, tile, linearTile in
       storeRows(tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile })
     }

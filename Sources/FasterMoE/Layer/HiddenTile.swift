@@ -1,3 +1,5 @@
+import CHints
+
 /// Where 32 columns of hidden units of one panel stand, before and after the activation.
 struct HiddenTile {
   let tile: UnsafeMutablePointer<Float>
@@ -17,6 +19,18 @@ struct HiddenTile {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in rows ?? 0..<high { body(i &* Strip.width &+ half &* 16, block &+ i &* 16, i) }
+    }
+  }
+
+  /// Asks for what will be written, before the tile is computed: hidden units come from farther than the second cache.
+  @inline(__always)
+  func askForUnits() {
+    for half in 0..<2 where column / 16 + half < blocks {
+      let block = (column / 16 + half) &* high &* 16
+      for i in 0..<high {
+        hint_write_soon(inner + (block &+ i &* 16))
+        hint_write_soon(hidden + (block &+ i &* 16))
+      }
     }
   }
 

@@ -50,6 +50,13 @@ extension PassContext {
     }
   }
 
+  /// Asks for where such a tile will be written.
+  @inline(__always)
+  func askForRows(_ first: Int, _ high: Int, _ column: Int) {
+    let width = min(Strip.width, shape.model - column)
+    for i in 0..<high { Prefetch.write(resultRow(first + i) + column, stride: 0, rows: 1, columns: width) }
+  }
+
   /// Σ_j of a token's rows in [R, d], in the order of its choices, each times its weight if `weighted`; 16 columns.
   @inline(__always)
   func sumOfRows(_ token: Int, _ column: Int, _ width: Int, weighted: Bool) -> Vector {
