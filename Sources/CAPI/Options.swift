@@ -224,13 +224,16 @@ final class ClusterBox {
     let memory = try Region(bytes: size.bytes, for: "the counts of a batch")
     var arena = Arena(over: memory.base)
     let traffic = Traffic(arena: &arena, workers: workers, experts: experts)
+    var bits: Int64 = 0
     for place in 0..<workers * experts {
-      guard counts[place] >= 0, counts[place] <= Int64(Int32.max) else {
-        throw Failure(
-          .argument,
-          "counts[\(place / experts)][\(place % experts)] is \(counts[place]); it must be in 0..\(Int32.max)")
-      }
-      traffic.counts[place] = UInt32(counts[place])
+      traffic.counts[place] = UInt32(truncatingIfNeeded: counts[place])
+      bits |= counts[place]
+    }
+    // A bit of any that is negative or too large.
+    guard bits & ~Int64(Int32.max) == 0 else {
+      let place = (0..<workers * experts).first { !(0...Int64(Int32.max)).contains(counts[$0]) }!
+      throw Failure(
+        .argument, "counts[\(place / experts)][\(place % experts)] is \(counts[place]); it must be in 0..\(Int32.max)")
     }
     var planner = Planner(traffic, shape, on: cluster)
     return try planner.plan(request).report

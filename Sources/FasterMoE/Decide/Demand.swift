@@ -7,6 +7,8 @@ package final class Demand {
   package let rows: UnsafeMutableBufferPointer<Int>
   /// [W] the rank at each seat, and the seat of each rank.
   let ranks, seats: UnsafeMutableBufferPointer<Int>
+  /// [W] by seat, held by the cluster: counting who holds them would take a tenth of the time of planning for few workers.
+  private let rates: UnsafeMutableBufferPointer<Unmanaged<WorkerRates>>
   /// [nodes] of the cluster, and the hop of its ring that each one's links are part of.
   let nodes: UnsafeMutableBufferPointer<Cluster.Node>
   let hopsUp, hopsDown: UnsafeMutableBufferPointer<Int>
@@ -57,17 +59,21 @@ package final class Demand {
     (self.traffic, self.shape, self.cluster) = (traffic, shape, cluster)
     let (workers, experts) = (traffic.workers, traffic.experts)
     (ranks, seats, nodes) = (memory.copy(cluster.ranks), memory.copy(cluster.seats), memory.copy(cluster.nodes))
+    rates = memory.copy(cluster.rates.lazy.map { Unmanaged.passUnretained($0) })
     (hopsUp, hopsDown) = (memory.copy(cluster.ring.up), memory.copy(cluster.ring.down))
     rows = memory.take(experts, of: 0)
     for source in 0..<workers {
       let counts = traffic.counts + source * experts
       for expert in 0..<experts { rows[expert] &+= Int(counts[expert]) }
     }
-    whole = ComputeSeconds(experts, in: memory)
+    let (whole, rows) = (ComputeSeconds(experts, in: memory), rows)
+    self.whole = whole
     for owner in 0..<workers {
-      let rates = cluster.rates[seats[owner]]
-      for expert in traffic.owned(by: owner) {
-        whole.add(shape.seconds(rows: rows[expert], at: rates), at: expert)
+      rates[seats[owner]]._withUnsafeGuaranteedRef { rates in
+        let handling = shape.handling(at: rates)
+        for expert in traffic.owned(by: owner) {
+          whole.add(shape.seconds(rows: rows[expert], at: rates, handling), at: expert)
+        }
       }
     }
     let each = experts / workers
@@ -144,11 +150,12 @@ package final class Demand {
   /// of the counts.
   func add(_ experts: [Int], atOnce: Int, to sums: ComputeSeconds) {
     for seat in 0..<traffic.workers {
-      let rates = cluster.rates[seat]
-      let handling = shape.handling(at: rates)
-      for (index, expert) in experts.enumerated() {
-        let seconds = shape.seconds(rows: rows(from: seat, for: expert), at: rates, handling)
-        sums.add(seconds, at: index / atOnce * traffic.workers + seat)
+      rates[seat]._withUnsafeGuaranteedRef { rates in
+        let handling = shape.handling(at: rates)
+        for (index, expert) in experts.enumerated() {
+          let seconds = shape.seconds(rows: rows(from: seat, for: expert), at: rates, handling)
+          sums.add(seconds, at: index / atOnce * traffic.workers + seat)
+        }
       }
     }
   }
@@ -192,15 +199,16 @@ package final class Demand {
       }
     }
     for owner in 0..<workers {
-      let rates = cluster.rates[seats[owner]]
-      let handling = shape.handling(at: rates)
-      for round in 0..<groups.count {
-        let first = round * experts + owner * each
-        for place in first..<first + each where rows[place] > 0 {
-          let seconds = shape.seconds(rows: rows[place], at: rates, handling)
-          made.each.rows[place] = seconds.rows.value
-          made.each.weights[place] = seconds.weights.value
-          made.blocksOfEach[place] = Double((rows[place] + Block.mostRows - 1) / Block.mostRows)
+      rates[seats[owner]]._withUnsafeGuaranteedRef { rates in
+        let handling = shape.handling(at: rates)
+        for round in 0..<groups.count {
+          let first = round * experts + owner * each
+          for place in first..<first + each where rows[place] > 0 {
+            let seconds = shape.seconds(rows: rows[place], at: rates, handling)
+            made.each.rows[place] = seconds.rows.value
+            made.each.weights[place] = seconds.weights.value
+            made.blocksOfEach[place] = Double((rows[place] + Block.mostRows - 1) / Block.mostRows)
+          }
         }
       }
       add(made, groups, of: owner, to: made.rows, made.weights, made.blocks) { _ in true }

@@ -59,7 +59,7 @@ package struct Planner {
       improve(&chosen, request)
     }
     let volumes = volumes(chosen.shadows)
-    if chosen.groups.count > 1 { refine(&chosen, volumes) }
+    if plays >= playsOfRefining(chosen) { refine(&chosen, volumes) }
     let plan = chosen.plan
     return (plan, report(plan, chosen.seconds, volumes, plain))
   }
@@ -150,10 +150,10 @@ package struct Planner {
   private static let mostPairs = 1 << 20
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
-  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. A Zen 1 at 2.5 GHz
-  /// takes more than twice that.
+  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step, with all that
+  /// is not counted. A Zen 1 at 2.5 GHz takes more than that.
   private static let share = 0.01
-  private static let secondsEach = Seconds(1e-8)
+  private static let secondsEach = Seconds(1.5e-8)
   /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
   private static let fewestPlays = 1 << 11
   /// Some seconds, however long a step is.
@@ -247,13 +247,19 @@ package struct Planner {
     defer { memory.release(to: mark) }
     var (expert, unchanged, volumes) = (0, 0, volumes(chosen.shadows))
     while unchanged < experts {
-      let before = chosen.seconds
-      for (shadows, taken, left) in Planner.neighbours(of: chosen.shadows, expert) {
+      let (before, shadows) = (chosen.seconds, chosen.shadows)
+      for change in Change.all(of: expert, in: shadows) {
         plays -= 4 * cluster.workers + Planner.playsEach
-        guard plays > 0 else { return }
-        let least = volumes.least(with: taken, without: left)
+        guard plays > playsOfRefining(chosen) else { return }
+        let least: Seconds
+        switch change {
+        case .adding: least = volumes.least(with: expert, without: nil)
+        case .replacing(let place): least = volumes.least(with: expert, without: shadows[place])
+        case .leaving: least = volumes.least(with: nil, without: expert)
+        case .moving: least = volumes.least(with: nil, without: nil)
+        }
         guard least < chosen.seconds else { continue }
-        chosen = best([Candidate(shadows: shadows, least: least)], request, chosen)
+        chosen = best([Candidate(shadows: change.applied(expert, to: shadows), least: least)], request, chosen)
       }
       if chosen.seconds < before {
         memory.release(to: mark)
@@ -264,20 +270,34 @@ package struct Planner {
     }
   }
 
-  /// The lists of shadows in which one expert is in or out, in place of another, or fetched first or last; and which is
-  /// taken in and which left out.
-  private static func neighbours(of shadows: [Int], _ expert: Int) -> [(shadows: [Int], taken: Int?, left: Int?)] {
-    guard shadows.contains(expert) else {
-      return [(shadows + [expert], expert, nil)]
-        + shadows.indices.map {
-          var other = shadows
-          other[$0] = expert
-          return (other, expert, shadows[$0])
+  /// What can be a little different about one expert in a list of shadows.
+  private enum Change {
+    case adding, replacing(Int), leaving, moving(toFront: Bool)
+
+    static func all(of expert: Int, in shadows: [Int]) -> some Sequence<Change> {
+      let place = shadows.firstIndex(of: expert)
+      return (0..<(place == nil ? shadows.count + 1 : 3)).lazy.compactMap { number -> Change? in
+        guard let place else { return number == 0 ? .adding : .replacing(number - 1) }
+        switch number {
+        case 0: return .leaving
+        case 1: return place == 0 ? nil : .moving(toFront: true)
+        default: return place == shadows.count - 1 ? nil : .moving(toFront: false)
         }
+      }
     }
-    let others = shadows.filter { $0 != expert }
-    return [(others, nil, expert)]
-      + [[expert] + others, others + [expert]].filter { $0 != shadows }.map { ($0, nil, nil) }
+
+    func applied(_ expert: Int, to shadows: [Int]) -> [Int] {
+      var changed = shadows
+      switch self {
+      case .adding: changed.append(expert)
+      case .replacing(let place): changed[place] = expert
+      case .leaving: changed.removeAll { $0 == expert }
+      case .moving(let toFront):
+        changed.removeAll { $0 == expert }
+        changed.insert(expert, at: toFront ? 0 : changed.count)
+      }
+      return changed
+    }
   }
 
   private mutating func pairwise(_ size: Int, _ volumes: Volumes, below limit: Seconds?) -> Choice {
@@ -351,16 +371,30 @@ package struct Planner {
   private static let plainOrders = [Order()]
   private static let shadowOrders = Order.Shadows.allCases.map { Order(shadows: $0) }
 
-  /// All orders of what is chosen.
-  private mutating func refine(_ chosen: inout Choice, _ volumes: Volumes) {
-    var orders: [Order] = []
-    for shadows in chosen.shadows.isEmpty ? [.late] : Order.Shadows.allCases {
-      for rows in Order.Rows.allCases {
-        for returns in Order.Returns.allCases { orders.append(Order(shadows: shadows, rows: rows, returns: returns)) }
+  /// And all others.
+  private static func allOrders(_ isWithoutShadows: Bool) -> [Order] {
+    isWithoutShadows ? allPlainOrders : allShadowOrders
+  }
+  private static let allPlainOrders = orders(of: [.late])
+  private static let allShadowOrders = orders(of: Order.Shadows.allCases)
+  private static func orders(of shadows: [Order.Shadows]) -> [Order] {
+    shadows.flatMap { shadows in
+      Order.Rows.allCases.flatMap { rows in
+        Order.Returns.allCases.map { Order(shadows: shadows, rows: rows, returns: $0) }
       }
     }
+  }
+
+  /// All orders of what is chosen.
+  private mutating func refine(_ chosen: inout Choice, _ volumes: Volumes) {
+    guard chosen.groups.count > 1 else { return }
+    let orders = Planner.allOrders(chosen.shadows.isEmpty)
     let other = pairwise(chosen.groups, volumes, orders, below: chosen.seconds)
     if other.seconds < chosen.seconds { chosen = other }
+  }
+  private func playsOfRefining(_ chosen: Choice) -> Int {
+    guard chosen.groups.count > 1 else { return 0 }
+    return 2 * Planner.allOrders(chosen.shadows.isEmpty).count * playsOfTrip(chosen.groups, chosen.shadows.count)
   }
 
   /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small that
