@@ -7,9 +7,9 @@ package class TeamWork {
   package func work(thread: Int) {}
 }
 
-/// The compute threads of one worker: made once, pinned to its cores, asleep between jobs.
+/// The compute threads of one worker: made once, pinned to its cores, soon asleep between jobs.
 ///
-/// One job at a time; the thread that calls `run` sleeps meanwhile, so the cores belong to the team. Nothing here
+/// One job at a time; the thread that calls `run` soon sleeps meanwhile, so the cores belong to the team. Nothing here
 /// allocates after init.
 package final class Team {
   package let threads: Int
@@ -89,19 +89,23 @@ package final class Team {
   @discardableResult
   @inline(__always) package func wait(until condition: () -> Bool) -> Bool {
     if condition() { return false }
-    // The others are computing on their own cores and mostly come soon: yielding finds them at once. A wait that lasts
-    // means that somebody else has their cores, and then the best is to need none.
-    for _ in 0..<Team.patience {
-      sched_yield()
-      if condition() { return true }
-    }
+    // The others are computing on their own cores and mostly come soon. A wait that lasts means that somebody else has
+    // their cores, and then the best is to need none.
+    guard !Team.yield(until: condition) else { return true }
     var pause = timespec(tv_sec: 0, tv_nsec: 50_000)
     while !condition() { nanosleep(&pause, nil) }
     return true
   }
 
-  /// Yields before a wait sleeps: some 200 microseconds where nobody else wants the core.
-  private static let patience = 500
+  /// Waits for `condition` as long as yielding is better than to sleep, some 200 microseconds where nobody else wants the
+  /// core; whether it holds. To wake a thread that sleeps can take 50, on a virtual machine whose core sleeps, too.
+  @inline(__always) fileprivate static func yield(until condition: () -> Bool) -> Bool {
+    for _ in 0..<500 {
+      if condition() { return true }
+      sched_yield()
+    }
+    return condition()
+  }
 
   /// What one thread needs to live.
   private struct Seat {
@@ -121,13 +125,14 @@ package final class Team {
   }
 }
 
-/// Hands one job after another to sleeping threads and sleeps until all of them have finished it.
+/// Hands one job after another to waiting threads and waits until all of them have finished it. Who waits sleeps at last.
 private final class Signal: @unchecked Sendable {
   private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
   private let posted = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
   private let done = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
-  private var jobs = 0
-  private var unfinished = 0
+  /// Changed under the lock; read without it by those that only look.
+  private let jobs = Atomic<Int>(0)
+  private let unfinished = Atomic<Int>(0)
   /// Not retained: a thread that let go of the last reference would end its own team. The caller holds one until all are done.
   private var work: Unmanaged<TeamWork>?
 
@@ -152,33 +157,34 @@ private final class Signal: @unchecked Sendable {
   func post(_ work: Unmanaged<TeamWork>?, to threads: Int) {
     pthread_mutex_lock(mutex)
     self.work = work
-    jobs += 1
-    unfinished = threads
+    unfinished.store(threads, ordering: .relaxed)
+    jobs.wrappingAdd(1, ordering: .releasing)
     pthread_cond_broadcast(posted)
     pthread_mutex_unlock(mutex)
   }
 
-  /// Sleeps until all threads have finished.
+  /// Waits until all threads have finished.
   func wait() {
+    _ = Team.yield { unfinished.load(ordering: .acquiring) == 0 }
     pthread_mutex_lock(mutex)
-    while unfinished > 0 { pthread_cond_wait(done, mutex) }
+    while unfinished.load(ordering: .relaxed) > 0 { pthread_cond_wait(done, mutex) }
     work = nil
     pthread_mutex_unlock(mutex)
   }
 
-  /// Sleeps until there is a job after the `seen` ones; nil means that the thread may end.
+  /// Waits until there is a job after the `seen` ones; nil means that the thread may end.
   func receive(after seen: inout Int) -> Unmanaged<TeamWork>? {
+    _ = Team.yield { jobs.load(ordering: .acquiring) != seen }
     pthread_mutex_lock(mutex)
     defer { pthread_mutex_unlock(mutex) }
-    while jobs == seen { pthread_cond_wait(posted, mutex) }
-    seen = jobs
+    while jobs.load(ordering: .relaxed) == seen { pthread_cond_wait(posted, mutex) }
+    seen = jobs.load(ordering: .relaxed)
     return work
   }
 
   func finished() {
     pthread_mutex_lock(mutex)
-    unfinished -= 1
-    if unfinished == 0 { pthread_cond_signal(done) }
+    if unfinished.wrappingSubtract(1, ordering: .releasing).newValue == 0 { pthread_cond_signal(done) }
     pthread_mutex_unlock(mutex)
   }
 }
