@@ -159,15 +159,17 @@ bench-rows: packages-bench stage
 	$(OUT)/rows --csv $(OUT)/rows.csv --svg $(OUT)/rows.svg
 	$(OUT)/rows --threads 2 --csv $(OUT)/rows-2.csv --svg $(OUT)/rows-2.svg
 
-# Which kernels are fastest, by rows, sizes and threads: measured here for both CPU levels and written into the sources. The
-# speeds that decided go to build/choices-*.csv. Ten minutes of a machine that does nothing else.
+# Which kernels are fastest, by rows, sizes and threads: measured here for both CPU levels and written into the sources, as the
+# tables of Intel's processors or of all others. The speeds that decided go to build/choices-*.csv. Ten minutes of a machine
+# that does nothing else.
+MAKER := $(shell grep -q GenuineIntel /proc/cpuinfo && echo Intel)
 choices: packages-build $(HWLOC)/made
 	@mkdir -p $(OUT)
 	FASTERMOE_CPU=$(BASE_CPU) $(SWIFT_BUILD) --product Choose --scratch-path .build/base
 	$(if $(filter wide,$(LEVELS)),FASTERMOE_CPU=$(WIDE_CPU) $(SWIFT_BUILD) --product Choose --scratch-path .build/wide)
-	.build/base/release/Choose $(OUT)/choices-base.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesBase.swift
+	.build/base/release/Choose $(OUT)/choices-base.csv > $(OUT)/choices && mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesBase$(MAKER).swift
 	if grep -q avx512vl /proc/cpuinfo; then .build/wide/release/Choose $(OUT)/choices-wide.csv > $(OUT)/choices && \
-	  mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide.swift; fi
+	  mv $(OUT)/choices Sources/FasterMoE/Ground/ChoicesWide$(MAKER).swift; fi
 	swift format -i Sources/FasterMoE/Ground/Choices*.swift
 
 # AdamW beside loops that move the same bytes.

@@ -114,6 +114,15 @@ static inline float hint_multiply_add(long rounds, float from) {
   return sums[0][0];
 }
 
+/* Whether Intel made the processor: in what kernels must know of one, its kinds have much in common. */
+static inline int hint_is_intel(void) {
+#ifdef __x86_64__
+  return __builtin_cpu_is("intel");
+#else
+  return 0;
+#endif
+}
+
 #ifdef __x86_64__
 /* Whether the processor has all of x86-64-v4. */
 static inline int hint_has_wide_vectors(void) {

@@ -2,7 +2,7 @@ import FasterMoE
 import Foundation
 import Synchronization
 
-// Measures which kernels are fastest, by rows, sizes and threads, and prints the table of this CPU level; the GFLOP/s that
+// Measures which kernels are fastest, by rows, sizes and threads, and prints the table of this CPU level and maker; the GFLOP/s that
 // decided go to a file: see `make choices`.
 
 func stop(_ words: String) -> Never {
@@ -178,6 +178,6 @@ print("// Made by `make choices`.")
 print(level)
 print("  extension Choices {")
 print("    // `Dots` beside the kernels in place for 1, 2... rows: \(gains) times as fast.")
-print("    static let measured: InlineArray<\(entries.count), Entry> = [")
+print("    static let \(Choices.isIntel ? "intel" : "amd"): InlineArray<\(entries.count), Entry> = [")
 for entry in entries { print(entry) }
 print("    ]\n  }\n#endif")

@@ -1,9 +1,13 @@
+import CHints
+
 /// Which kernels are fastest, by rows, sizes and threads, as measured: `make choices` writes the tables.
 ///
 /// All that stand here make the same bits, so a choice may look at anything. `Dots` is not among them.
 package enum Choices {
   /// Most rows that a table speaks of; for more, the matrix is packed.
   package static let mostRows = 128
+  /// Intel's processors and AMD's have tables of their own.
+  package static let isIntel = hint_is_intel() != 0
 
   /// What was found with matrices of `weights` floats on some threads. Bit r - 1 is for r rows.
   struct Entry: BitwiseCopyable {
@@ -40,8 +44,9 @@ package enum Choices {
       // A machine of one core has measured no others.
       return (entry.threads > 1) == (threads > 1) ? ratio : ratio * 1e12
     }
-    var best = measured[0]
-    for index in measured.indices where distance(measured[index]) < distance(best) { best = measured[index] }
+    func entry(_ index: Int) -> Entry { isIntel ? intel[index] : amd[index] }
+    var best = entry(0)
+    for index in amd.indices where distance(entry(index)) < distance(best) { best = entry(index) }
     return best
   }
 }

@@ -2,7 +2,7 @@
 #if !WIDE_VECTORS
   extension Choices {
     // `Dots` beside the kernels in place for 1, 2... rows: 1.84, 1.64, 1.43, 1.52 times as fast.
-    static let measured: InlineArray<6, Entry> = [
+    static let amd: InlineArray<6, Entry> = [
       Entry(
         weights: 131072, threads: 1, transposed: 0x0000000000000000d00001f0dff4ffff,
         straight: 0x00000000000000ffffffffffffffffff, outer: 0x0000000000f00f0019e3fe1ce080840f),

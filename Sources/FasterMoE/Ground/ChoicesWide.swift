@@ -2,7 +2,7 @@
 #if WIDE_VECTORS
   extension Choices {
     // `Dots` beside the kernels in place for 1, 2... rows: 1.21, 1.25, 1.24, 1.11 times as fast.
-    static let measured: InlineArray<6, Entry> = [
+    static let amd: InlineArray<6, Entry> = [
       Entry(
         weights: 131072, threads: 1, transposed: 0x000f0000000000008081fcffffffffff,
         straight: 0xff0f0ffff0ffffffbfffffffffffffff, outer: 0x0000f0f00000f000fc40b940d1826f4f),

@@ -10,30 +10,41 @@ package enum FewRows {
   /// Up to here weights are turned in registers; above, rows stand side by side and weights are broadcast.
   private static let mostTurnedInRegisters = 4
 
-  /// How many of `rows` rows, the last ones, meet turned weights: too few for registers of 16.
-  private static func turned(_ rows: Int) -> Int { rows % 16 <= mostTurnedInRegisters ? rows % 16 : 0 }
+  /// How far apart the lines are that are asked for at a time, and these from the next ones. AMD's prefetchers go on with the
+  /// order of memory; Intel's go on in each row, and its own order saves a fifth of the time of 16 rows.
+  @inline(__always)
+  fileprivate static func asking(_ rows: Int, _ depth: Int) -> (between: Int, onward: Int) {
+    Choices.isIntel ? (depth, 16) : (16, rows &* 16)
+  }
+
+  /// How many of `rows` rows, the last ones, meet turned weights: too few for registers of 16. Where half a register takes
+  /// as long as a whole one, a second one that is mostly empty is faster than those are.
+  private static func turned(_ rows: Int) -> Int {
+    let last = rows % 16
+    return last <= mostTurnedInRegisters && (rows < 16 || !Choices.isIntel) ? last : 0
+  }
 
   /// Scratch floats for rows of `depth`.
   package static func scratch(depth: Int) -> Int { depth * Choices.mostRows + columns * 32 }
 
-  /// How many rows stand side by side: whole registers of 8.
-  private static func lanes(_ rows: Int) -> Int { (rows + 7) / 8 * 8 }
+  /// How many rows stand side by side: whole registers of 16.
+  private static func lanes(_ rows: Int) -> Int { (rows + 15) / 16 * 16 }
 
   /// Puts `rows` rows of `left` side by side in `scratch` for the products to come.
   package static func prepare(_ left: Panels, rows: Int, scratch: UnsafeMutablePointer<Float>) {
     let beside = rows - turned(rows)
     guard beside > 0 else { return }
     let lanes = lanes(beside)
-    for block in 0..<left.blocks {
-      let depth = min(16, left.width - block * 16)
-      Panels.forEach(rows: rows) { first, high in
-        let from = left.panel(first) + block * high * 16
-        for i in 0..<max(0, min(high, beside - first)) {
-          for k in 0..<depth { scratch[(block * 16 + k) * lanes + first + i] = from[i * 16 + k] }
+    let sixteen = scratch + left.width * lanes
+    for first in stride(from: 0, to: beside, by: 16) {
+      let count = min(16, beside - first)
+      sixteen.update(repeating: 0, count: 256)
+      for block in 0..<left.blocks {
+        for i in 0..<count { sixteen.store(left.block(block, row: first + i, of: rows).vector(), at: i * 16) }
+        let turned = transposed(sixteen, stride: 16)
+        for k in 0..<min(16, left.width - block * 16) {
+          scratch.store(turned[k], at: (block * 16 + k) * lanes + first)
         }
-      }
-      for row in beside..<lanes {
-        for k in 0..<depth { scratch[(block * 16 + k) * lanes + row] = 0 }
       }
     }
   }
@@ -76,7 +87,7 @@ package enum FewRows {
       let ahead = first == 0 ? columns * depth : 0
       #if WIDE_VECTORS
         switch rows - first {
-        case 25...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        case (Choices.isIntel ? 17 : 25)...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         }
@@ -231,11 +242,11 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
     var x = side
     var w = weights
     var next = weights + ahead
+    let (between, onward) = FewRows.asking(M, depth)
     var left = depth
     while left > 0 {
-      // In the order in which they stand in memory, which the processor foresees and goes on with.
-      for i in 0..<M { hint_read_later(next + i &* 16) }
-      next += M &* 16
+      for i in 0..<M { hint_read_later(next + i &* between) }
+      next += onward
       for k in 0..<min(16, left) {
         let x0 = UnsafeRawPointer(x).loadUnaligned(as: V.self)
         let x1 = N > 1 ? UnsafeRawPointer(x + width).loadUnaligned(as: V.self) : .zero
@@ -271,8 +282,11 @@ private enum TurningTile<let M: Int> {
     var chains = InlineArray<M, Vector>(repeating: .zero)
     var a = rows
     var k = 0
+    var next = weights + 16 &* depth
+    let (between, onward) = FewRows.asking(16, depth)
     while k &+ 16 <= depth {
-      for i in 0..<16 { hint_read_later(weights + (16 &* depth &+ 16 &* (k &+ i))) }
+      for i in 0..<16 { hint_read_later(next + i &* between) }
+      next += onward
       let turned = transposed(weights + k, stride: depth)
       for column in 0..<16 {
         for i in 0..<M {
