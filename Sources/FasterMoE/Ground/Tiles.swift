@@ -15,8 +15,8 @@ package enum Tiles {
     panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int,
     into tile: UnsafeMutablePointer<Float>, begins: Bool, next: UnsafePointer<Float>
   ) {
-    if begins { tile.update(repeating: 0, count: high &* Strip.width) }
     #if WIDE_VECTORS
+      // Strips are never packed in parts.
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
       switch high {
       case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next)
@@ -33,6 +33,7 @@ package enum Tiles {
       default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next)
       }
     #else
+      if begins { tile.update(repeating: 0, count: high &* Strip.width) }
       // 6 rows of two 8-float registers each are 12 sums of the 16 registers.
       var row = 0
       while row < high {
@@ -98,7 +99,7 @@ package enum Tiles {
   }
 }
 
-/// M rows × N vectors of a product's result, added to `tile`, which has rows of 32.
+/// M rows × N vectors of a product's result, in `tile`, which has rows of 32; with AVX2 added to what stands there.
 ///
 /// Each vector column of sums is an array of its own: that is what the optimiser turns into registers.
 private enum ProductTile<let M: Int, let N: Int> {
@@ -107,8 +108,13 @@ private enum ProductTile<let M: Int, let N: Int> {
     _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
     _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
   ) {
-    var sums0 = InlineArray<M, Vector> { tile.vector(at: $0 &* 32) }
-    var sums1 = InlineArray<M, Vector> { N > 1 ? tile.vector(at: $0 &* 32 &+ 16) : .zero }
+    #if WIDE_VECTORS
+      var sums0 = InlineArray<M, Vector>(repeating: .zero)
+      var sums1 = InlineArray<M, Vector>(repeating: .zero)
+    #else
+      var sums0 = InlineArray<M, Vector> { tile.vector(at: $0 &* 32) }
+      var sums1 = InlineArray<M, Vector> { N > 1 ? tile.vector(at: $0 &* 32 &+ 16) : .zero }
+    #endif
     var a = panel
     var b = strip
     var later = next
