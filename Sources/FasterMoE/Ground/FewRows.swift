@@ -11,7 +11,7 @@ package enum FewRows {
   private static let mostTurnedInRegisters = 4
 
   /// How far apart the lines are that are asked for at a time, and these from the next ones. AMD's prefetchers go on with the
-  /// order of memory; Intel's go on in each row, and its own order saves a fifth of the time of 16 rows.
+  /// order of memory; Intel's go on in each row, which saves a fifth of the time of 16 rows there.
   @inline(__always)
   fileprivate static func asking(_ rows: Int, _ depth: Int) -> (between: Int, onward: Int) {
     Choices.isIntel ? (depth, 16) : (16, rows &* 16)
@@ -26,6 +26,9 @@ package enum FewRows {
 
   /// Scratch floats for rows of `depth`.
   package static func scratch(depth: Int) -> Int { depth * Choices.mostRows + columns * 32 }
+
+  /// From so many rows on, two registers of 16 are faster than one and a half.
+  private static let fewestInTwo = Choices.isIntel ? 17 : 25
 
   /// How many rows stand side by side: whole registers of 16.
   private static func lanes(_ rows: Int) -> Int { (rows + 15) / 16 * 16 }
@@ -87,7 +90,7 @@ package enum FewRows {
       let ahead = first == 0 ? columns * depth : 0
       #if WIDE_VECTORS
         switch rows - first {
-        case (Choices.isIntel ? 17 : 25)...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        case fewestInTwo...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         }
