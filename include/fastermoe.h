@@ -68,7 +68,7 @@ typedef struct fmoe_pass fmoe_pass;       /* one batch on its trip through one l
 typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers, links, rates         */
 
 /* ---- group: who works together, over what, on which cores ---------------------------------
- * A rank computes on threads of its own, asleep between calls: one for each core of its share.  Ranks that may use the same
+ * A rank computes on threads of its own, soon asleep between calls: one for each core of its share.  Ranks that may use the same
  * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.
  * Calls on a rank's group and on all that hangs from it are taken one at a time; a second host thread waits.
  * With fmoe_group_create_local, each rank's calls come from a thread of its own: collective calls wait for the others. */

@@ -90,7 +90,8 @@ package enum FewRows {
       let ahead = first == 0 ? columns * depth : 0
       #if WIDE_VECTORS
         switch rows - first {
-        case fewestInTwo...: taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        case fewestInTwo...:
+          taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
         }
@@ -129,9 +130,9 @@ package enum FewRows {
 extension FewRows {
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
   /// are a power of two apart, twice, since the next ones are on their way. That of processors without AVX-512 is half as
-  /// large.
+  /// large; an Intel one's prefetchers follow 32 rows at a time.
   #if WIDE_VECTORS
-    package static let depthAtOnce = 64
+    package static let depthAtOnce = Choices.isIntel ? 32 : 64
   #else
     package static let depthAtOnce = 32
   #endif
