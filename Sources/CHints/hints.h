@@ -20,17 +20,6 @@ __attribute__((always_inline)) static inline hint_lanes hint_square_root(hint_la
   return __builtin_elementwise_sqrt(x);
 }
 
-/* 1/x to 1e-7 relative, for x from 1 on: with AVX-512 14 bits from a table and one step of Newton's take half as long as a
- * division. */
-__attribute__((always_inline)) static inline hint_lanes hint_reciprocal(hint_lanes x) {
-#ifdef __AVX512F__
-  hint_lanes guess = (hint_lanes)__builtin_ia32_rcp14ps512_mask(x, x, (unsigned short)-1);
-  return __builtin_elementwise_fma(guess, __builtin_elementwise_fma(-x, guess, (hint_lanes)(1.0f)), guess);
-#else
-  return 1.0f / x;
-#endif
-}
-
 /* Over the lanes, halving them each time, where Swift's own go lane by lane: their sum; their highest, if none is NaN. */
 typedef float hint_8_lanes __attribute__((ext_vector_type(8)));
 typedef float hint_4_lanes __attribute__((ext_vector_type(4)));

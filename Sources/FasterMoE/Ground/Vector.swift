@@ -76,7 +76,7 @@ extension Vector {
 }
 
 /// 1 / (1 + e^-x).
-@inline(__always) package func logistic(_ x: Vector) -> Vector { hint_reciprocal(1 + exponential(-x)) }
+@inline(__always) package func logistic(_ x: Vector) -> Vector { 1 / (1 + exponential(-x)) }
 
 /// Φ(x) and φ(x): the normal distribution's share below x and its density at x, both to 1e-6 relative.
 @inline(__always) package func normal(_ x: Vector) -> (below: Vector, density: Vector) {
@@ -84,7 +84,7 @@ extension Vector {
   let negative = x .< 0
   let size = x.replacing(with: -x, where: negative)
   // Φ(-z) = e^(-z²/2)·t·P(t) with t = 1/(1 + 0.3 z): a least-maximum fit of degree 7, 1.5e-7 relative for z up to 14.
-  let t = hint_reciprocal(size.times(Vector(repeating: 0.3), plus: 1))
+  let t = 1 / size.times(Vector(repeating: 0.3), plus: 1)
   var p = Vector(repeating: 0.035_674_777)
   p = p.times(t, plus: -0.157_203_11)
   p = p.times(t, plus: 0.206_353_53)
