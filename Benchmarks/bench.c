@@ -1,6 +1,6 @@
 /* bench: how close a training step of one MoE layer comes to the machine's limits.
  *
- *   bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]
+ *   bench [--shapes ABCDES] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]
  *
  * A step is what a host does for each batch except its optimiser: begin_gradients (or zero_gradients), gate, forward, backward. Useful
  * flops are those of the experts alone, 4·n·k·d·h forward and 12·n·k·d·h forward + backward; the gate, dispatch,
@@ -27,7 +27,7 @@ typedef struct shape {
 } shape;
 static const shape shapes[] = {
   {'A', 2048, 512, 2048, 8, 2}, {'B', 4096, 1024, 2048, 16, 2}, {'C', 512, 1024, 4096, 64, 2},
-  {'D', 8, 1024, 4096, 8, 2},   {'E', 8192, 256, 512, 32, 1},
+  {'D', 8, 1024, 4096, 8, 2},   {'E', 8192, 256, 512, 32, 1}, {'S', 64, 64, 64, 4, 1},
 };
 
 /* ---- the layer ----------------------------------------------------------------------------------------------- */
@@ -175,7 +175,7 @@ int main(int argc, char **argv) {
     else if (value && !strcmp(argv[i], "--gradients") && (!strcmp(value, "begin") || !strcmp(value, "zero"))) zeroes = *value == 'z';
     else if (value && !strcmp(argv[i], "--json")) json = value;
     else {
-      fprintf(stderr, "usage: bench [--shapes ABCDE] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]\n");
+      fprintf(stderr, "usage: bench [--shapes ABCDES] [--threads 1,2] [--routing balanced,zipf] [--gradients begin|zero] [--repeats N] [--json FILE]\n");
       return 2;
     }
   }
@@ -206,7 +206,7 @@ int main(int argc, char **argv) {
       fprintf(out, "%s{\"threads\": %d, \"fma\": %.4g, \"sgemm\": %.4g, \"read\": %.4g, \"read_small_pages\": %.4g}", t ? ", " : "", sizes[t], fma, blas, read, plain[t]);
   }
   if (out) fprintf(out, "],\n \"rows\": [");
-  printf("\nshape  n     d     h     E   k  routing   max/mean  threads  forward ms  share  step ms  share  OpenBLAS  sgemm GFLOP/s  memory\n");
+  printf("\nshape  n     d     h     E   k  routing   max/mean  threads  forward ms  share   step ms  share  OpenBLAS  sgemm GFLOP/s  memory\n");
   int rows = 0;
   for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
     shape s = shapes[i];
@@ -228,7 +228,7 @@ int main(int argc, char **argv) {
         }
         stop(&b);
         double flops = 4.0 * (double)(s.n * s.k) * (double)(s.d * s.h);
-        printf("%-5c  %-5ld %-5ld %-5ld %-3ld %d  %-8s  %8.2f  %7d  %10.2f  %5.3f  %7.2f  %5.3f  %8.3f  %13.1f  %6.2f\n", s.name, (long)s.n,
+        printf("%-5c  %-5ld %-5ld %-5ld %-3ld %d  %-8s  %8.2f  %7d  %10.3f  %5.3f  %8.3f  %5.3f  %8.3f  %13.1f  %6.2f\n", s.name, (long)s.n,
                (long)s.d, (long)s.h, (long)s.E, s.k, zipf ? "zipf" : "balanced", b.busiest, sizes[t], forward * 1e3,
                flops / forward / blas, full * 1e3, 3 * flops / full / blas,
                3 * flops / bare / blas, blas * 1e-9, memory[t][i]);

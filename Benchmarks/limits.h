@@ -13,8 +13,10 @@ char *openblas_get_corename(void);
 /* An OpenBLAS that is older than the processor takes kernels for the oldest one that it knows, a quarter as fast, and is no
  * yardstick: then the program begins again with those that fit. */
 static void take_fitting_openblas(char **argv) {
-  __builtin_cpu_init();
-  const char *fitting = __builtin_cpu_supports("avx512vl") ? "SkylakeX" : __builtin_cpu_supports("avx2") ? "Haswell" : NULL;
+  const char *fitting = NULL;
+#ifdef __x86_64__
+  fitting = __builtin_cpu_supports("avx512vl") ? "SkylakeX" : __builtin_cpu_supports("avx2") ? "Haswell" : NULL;
+#endif
   if (!fitting || getenv("OPENBLAS_CORETYPE") || strcmp(openblas_get_corename(), "Prescott")) return;
   setenv("OPENBLAS_CORETYPE", fitting, 1);
   execv("/proc/self/exe", argv);

@@ -151,7 +151,8 @@ package struct Planner {
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. With what is
-  /// not counted an Emerald Rapids takes 1.3 times that, a Zen 1 at 2.5 GHz twice; with fewer plays some plans are 3 to 5 % slower.
+  /// not counted an Emerald Rapids takes 1.3 times that, a Zen 1 at 2.5 GHz more than twice; with fewer
+  /// plays some plans are up to 6 % slower.
   private static let share = 0.01
   private static let secondsEach = Seconds(1e-8)
   /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
@@ -248,7 +249,7 @@ package struct Planner {
     var (expert, unchanged, volumes) = (0, 0, volumes(chosen.shadows))
     while unchanged < experts {
       let (before, shadows) = (chosen.seconds, chosen.shadows)
-      for change in Change.all(of: expert, in: shadows) {
+      for change in ShadowChange.all(of: expert, in: shadows) {
         plays -= 4 * cluster.workers + Planner.playsEach
         guard plays > playsOfRefining(chosen) else { return }
         let least: Seconds
@@ -267,36 +268,6 @@ package struct Planner {
       }
       unchanged = chosen.seconds < before ? 0 : unchanged + 1
       expert = (expert + 1) % experts
-    }
-  }
-
-  /// What can be a little different about one expert in a list of shadows.
-  private enum Change {
-    case adding, replacing(Int), leaving, moving(toFront: Bool)
-
-    static func all(of expert: Int, in shadows: [Int]) -> some Sequence<Change> {
-      let place = shadows.firstIndex(of: expert)
-      return (0..<(place == nil ? shadows.count + 1 : 3)).lazy.compactMap { number -> Change? in
-        guard let place else { return number == 0 ? .adding : .replacing(number - 1) }
-        switch number {
-        case 0: return .leaving
-        case 1: return place == 0 ? nil : .moving(toFront: true)
-        default: return place == shadows.count - 1 ? nil : .moving(toFront: false)
-        }
-      }
-    }
-
-    func applied(_ expert: Int, to shadows: [Int]) -> [Int] {
-      var changed = shadows
-      switch self {
-      case .adding: changed.append(expert)
-      case .replacing(let place): changed[place] = expert
-      case .leaving: changed.removeAll { $0 == expert }
-      case .moving(let toFront):
-        changed.removeAll { $0 == expert }
-        changed.insert(expert, at: toFront ? 0 : changed.count)
-      }
-      return changed
     }
   }
 
@@ -371,30 +342,17 @@ package struct Planner {
   private static let plainOrders = [Order()]
   private static let shadowOrders = Order.Shadows.allCases.map { Order(shadows: $0) }
 
-  /// And all others.
-  private static func allOrders(_ isWithoutShadows: Bool) -> [Order] {
-    isWithoutShadows ? allPlainOrders : allShadowOrders
-  }
-  private static let allPlainOrders = orders(of: [.late])
-  private static let allShadowOrders = orders(of: Order.Shadows.allCases)
-  private static func orders(of shadows: [Order.Shadows]) -> [Order] {
-    shadows.flatMap { shadows in
-      Order.Rows.allCases.flatMap { rows in
-        Order.Returns.allCases.map { Order(shadows: shadows, rows: rows, returns: $0) }
-      }
-    }
-  }
-
   /// All orders of what is chosen.
   private mutating func refine(_ chosen: inout Choice, _ volumes: Volumes) {
     guard chosen.groups.count > 1 else { return }
-    let orders = Planner.allOrders(chosen.shadows.isEmpty)
+    let orders = Order.all(withoutShadows: chosen.shadows.isEmpty)
     let other = pairwise(chosen.groups, volumes, orders, below: chosen.seconds)
     if other.seconds < chosen.seconds { chosen = other }
   }
   private func playsOfRefining(_ chosen: Choice) -> Int {
     guard chosen.groups.count > 1 else { return 0 }
-    return 2 * Planner.allOrders(chosen.shadows.isEmpty).count * playsOfTrip(chosen.groups, chosen.shadows.count)
+    let orders = Order.all(withoutShadows: chosen.shadows.isEmpty).count
+    return 2 * orders * playsOfTrip(chosen.groups, chosen.shadows.count)
   }
 
   /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small that

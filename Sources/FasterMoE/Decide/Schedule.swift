@@ -144,6 +144,16 @@ package struct Order: Equatable, Sendable {
     /// A round goes back once the one after the next is sent.
     case between
   }
+  /// All there are; without shadows, when these move makes no difference.
+  static func all(withoutShadows: Bool) -> [Order] { withoutShadows ? plain : whole }
+  private static let plain = orders(of: [.late])
+  private static let whole = orders(of: Shadows.allCases)
+  private static func orders(of shadows: [Shadows]) -> [Order] {
+    shadows.flatMap { shadows in
+      Rows.allCases.flatMap { rows in Returns.allCases.map { Order(shadows: shadows, rows: rows, returns: $0) } }
+    }
+  }
+
   package var shadows = Shadows.late
   package var rows = Rows.ownFirst
   package var returns = Returns.afterSends

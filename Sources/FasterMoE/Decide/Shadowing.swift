@@ -98,3 +98,33 @@ package struct ByExcess: Sequence, IteratorProtocol {
     return expert
   }
 }
+
+/// What can be a little different about one expert in a list of shadows.
+enum ShadowChange {
+  case adding, replacing(Int), leaving, moving(toFront: Bool)
+
+  static func all(of expert: Int, in shadows: [Int]) -> some Sequence<ShadowChange> {
+    let place = shadows.firstIndex(of: expert)
+    return (0..<(place == nil ? shadows.count + 1 : 3)).lazy.compactMap { number -> ShadowChange? in
+      guard let place else { return number == 0 ? .adding : .replacing(number - 1) }
+      switch number {
+      case 0: return .leaving
+      case 1: return place == 0 ? nil : .moving(toFront: true)
+      default: return place == shadows.count - 1 ? nil : .moving(toFront: false)
+      }
+    }
+  }
+
+  func applied(_ expert: Int, to shadows: [Int]) -> [Int] {
+    var changed = shadows
+    switch self {
+    case .adding: changed.append(expert)
+    case .replacing(let place): changed[place] = expert
+    case .leaving: changed.removeAll { $0 == expert }
+    case .moving(let toFront):
+      changed.removeAll { $0 == expert }
+      changed.insert(expert, at: toFront ? 0 : changed.count)
+    }
+    return changed
+  }
+}

@@ -130,7 +130,7 @@ package enum FewRows {
 extension FewRows {
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
   /// are a power of two apart, twice, since the next ones are on their way. That of processors without AVX-512 is half as
-  /// large; an Intel one's prefetchers follow 32 rows at a time.
+  /// large, and on Intel's 32 were faster, too.
   #if WIDE_VECTORS
     package static let depthAtOnce = Choices.isIntel ? 32 : 64
   #else

@@ -68,20 +68,12 @@ extension PassContext {
     slot.tokens.fill(rows: rows.count) { tokenRow(first + $0) }
     let inward = product(slot.tokens, Factor(transposing: expert.inward, depth: d, columns: h))
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
-    func place(
-      _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ linear: UnsafeMutablePointer<Float>
-    ) -> HiddenTile {
-      HiddenTile(
-        tile: tile, linearTile: linear, column: column, high: high, inner: inbox.inner.panel(first + row),
-        innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
-    }
-    let tile = desk.first.tile
     Product.forEachTile(
       rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
-      ahead: { place($0, $1, $2, tile, tile).askForUnits() }
+      ahead: { column, row, high in askForUnits(column, high, first, row, slot) }
     ) {
       column, row, high, tile, linearTile in
-      let place = place(column, row, high, tile, linearTile)
+      let place = hiddenTile(tile, linearTile, column, high, first, row, slot)
       switch shape.activation {
       case .gelu: place.activate(Gelu.self, bias: expert.inwardBias!, h)
       case .geluTanh: place.activate(GeluTanh.self, bias: expert.inwardBias!, h)
@@ -264,21 +256,28 @@ extension PassContext {
     let outward = product(grads, Factor(values(block).outward, depth: shape.model, columns: shape.hidden))
     Product.forEachTile(
       rows.count, in: units, by: backwardKernel(rows, outward), outward,
-      ahead: { column, row, high in
-        hiddenTile(desk.first.tile, column, high, Int(block.row), rows.lowerBound + row, slot).askForUnits()
-      }
+      ahead: { column, row, high in askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot) }
     ) {
       column, row, high, tile, _ in
       let row = rows.lowerBound + row
-      body(hiddenTile(tile, column, high, Int(block.row), row, slot), row)
+      body(hiddenTile(tile, tile, column, high, Int(block.row), row, slot), row)
     }
   }
 
+  /// Asks for what a tile of hidden units will touch.
+  @inline(__always)
+  private func askForUnits(_ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot) {
+    let tile = desk.first.tile
+    hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(isGated: shape.activation.isGated)
+  }
+
+  @inline(__always)
   private func hiddenTile(
-    _ tile: UnsafeMutablePointer<Float>, _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot
+    _ tile: UnsafeMutablePointer<Float>, _ linearTile: UnsafeMutablePointer<Float>, _ column: Int, _ high: Int,
+    _ first: Int, _ row: Int, _ slot: Workspace.Slot
   ) -> HiddenTile {
     HiddenTile(
-      tile: tile, linearTile: tile, column: column, high: high, inner: inbox.inner.panel(first + row),
+      tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
       innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
   }
 
@@ -301,7 +300,7 @@ extension PassContext {
     Panels.forEach(rows: Int(block.rows)) { row, high in
       let some = max(0, rows.lowerBound - row)..<max(0, rows.lowerBound - row, min(high, rows.upperBound - row))
       for column in stride(from: 0, to: some.isEmpty ? 0 : shape.hidden, by: Strip.width) {
-        var place = hiddenTile(desk.first.tile, column, high, Int(block.row), row, slot)
+        var place = hiddenTile(desk.first.tile, desk.first.tile, column, high, Int(block.row), row, slot)
         place.rows = some
         place.readHidden()
         deactivate(place, slot.scales + row, row)

@@ -24,12 +24,13 @@ struct HiddenTile {
 
   /// Asks for what will be written, before the tile is computed: hidden units come from farther than the second cache.
   @inline(__always)
-  func askForUnits() {
+  func askForUnits(isGated: Bool) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
         hint_write_soon(inner + (block &+ i &* 16))
         hint_write_soon(hidden + (block &+ i &* 16))
+        if isGated { hint_write_soon(innerLinear + (block &+ i &* 16)) }
       }
     }
   }
