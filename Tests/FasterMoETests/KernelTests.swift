@@ -101,7 +101,9 @@ struct Numbers {
           defer { column += Tiles.outerRows(at: column) }
           for block in 0..<right.panels.blocks {
             for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
-              Tiles.outer(left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, into: tile)
+              Tiles.outer(
+                left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, times: 1,
+                to: Tiles.Place(base: tile, stride: blocks * 16, way: .write))
               for i in 0..<min(Tiles.outerRows(at: column), leftWidth - column) {
                 for c in 0..<min(blocks * 16, rightWidth - block * 16) {
                   let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }

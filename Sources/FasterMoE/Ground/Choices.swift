@@ -7,7 +7,7 @@ package enum Choices {
   /// Most rows that a table speaks of; for more, the matrix is packed.
   package static let mostRows = 128
   /// Intel's processors and AMD's have tables of their own.
-  package static let isIntel = hint_is_intel() != 0
+  package static var isIntel: Bool { hint_is_intel() != 0 }
 
   /// What was found with matrices of `weights` floats on some threads. Bit r - 1 is for r rows.
   struct Entry: BitwiseCopyable {

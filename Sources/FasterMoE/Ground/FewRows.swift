@@ -10,11 +10,39 @@ package enum FewRows {
   /// Up to here weights are turned in registers; above, rows stand side by side and weights are broadcast.
   private static let mostTurnedInRegisters = 4
 
-  /// How far apart the lines are that are asked for at a time, and these from the next ones. AMD's prefetchers go on with the
-  /// order of memory; Intel's go on in each row, which saves a fifth of the time of 16 rows there.
-  @inline(__always)
-  fileprivate static func asking(_ rows: Int, _ depth: Int) -> (between: Int, onward: Int) {
-    Choices.isIntel ? (depth, 16) : (16, rows &* 16)
+  /// The memory that is asked for while some rows of weights are read: what will be needed some time later.
+  ///
+  /// AMD's prefetchers go on with the order of memory, so it is asked for in that order, the next 16 rows meanwhile. Intel's go
+  /// on in each row, but not into another page: there it is `linesAhead` in each of the rows under way, then in the next ones.
+  fileprivate struct Ahead {
+    private static let linesAhead = 16
+    private var next: UnsafePointer<Float>
+    private let between: Int
+    private let onward: Int
+    private var left: Int
+    private let jump: Int
+
+    /// `rows` rows of `depth` weights are under way at `weights`; `isFirst` if nobody has read them yet.
+    @inline(__always)
+    init(_ weights: UnsafePointer<Float>, rows: Int, depth: Int, isFirst: Bool) {
+      if Choices.isIntel {
+        let ahead = min(Ahead.linesAhead, depth / 16)
+        (next, between, onward) = (weights + ahead &* 16, depth, 16)
+        (left, jump) = (depth / 16 &- ahead, (rows &- 1) &* depth &+ depth % 16)
+      } else {
+        (next, between, onward) = (weights + (isFirst ? FewRows.columns &* depth : 0), 16, rows &* 16)
+        (left, jump) = (.max, 0)
+      }
+    }
+
+    /// Asks for a line of each of `rows` rows.
+    @inline(__always)
+    mutating func ask(_ rows: Int) {
+      if left == 0 { next += jump }
+      left &-= 1
+      for i in 0..<rows { hint_read_later(next + i &* between) }
+      next += onward
+    }
   }
 
   /// How many of `rows` rows, the last ones, meet turned weights: too few for registers of 16. Where half a register takes
@@ -86,20 +114,18 @@ package enum FewRows {
     var first = 0
     while first < rows {
       let taken: Int
-      // The first turn through the weights asks for the next ones.
-      let ahead = first == 0 ? columns * depth : 0
       #if WIDE_VECTORS
         switch rows - first {
         case fewestInTwo...:
-          taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, ahead, sums)
-        case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
-        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+          taken = turn(BroadcastTile<Vector, 2, 8>.self, side + first, lanes, weights, depth, first == 0, sums)
+        case 9...: taken = turn(BroadcastTile<Vector, 1, 8>.self, side + first, lanes, weights, depth, first == 0, sums)
+        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, first == 0, sums)
         }
       #else
         switch rows - first {
-        case 17...: taken = turn(BroadcastTile<Eight, 3, 4>.self, side + first, lanes, weights, depth, ahead, sums)
-        case 9...: taken = turn(BroadcastTile<Eight, 2, 4>.self, side + first, lanes, weights, depth, ahead, sums)
-        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, ahead, sums)
+        case 17...: taken = turn(BroadcastTile<Eight, 3, 4>.self, side + first, lanes, weights, depth, first == 0, sums)
+        case 9...: taken = turn(BroadcastTile<Eight, 2, 4>.self, side + first, lanes, weights, depth, first == 0, sums)
+        default: taken = turn(BroadcastTile<Eight, 1, 8>.self, side + first, lanes, weights, depth, first == 0, sums)
         }
       #endif
       for part in stride(from: 0, to: min(taken, rows - first), by: 16) {
@@ -116,10 +142,10 @@ package enum FewRows {
   @inline(__always)
   private static func turn<V, let N: Int, let M: Int>(
     _: BroadcastTile<V, N, M>.Type, _ side: UnsafePointer<Float>, _ lanes: Int, _ weights: UnsafePointer<Float>,
-    _ depth: Int, _ ahead: Int, _ sums: UnsafeMutablePointer<Float>
+    _ depth: Int, _ isFirst: Bool, _ sums: UnsafeMutablePointer<Float>
   ) -> Int {
     for column in stride(from: 0, to: columns, by: M) {
-      BroadcastTile<V, N, M>.run(side, lanes, weights + column * depth, depth, ahead, sums + column * 32)
+      BroadcastTile<V, N, M>.run(side, lanes, weights + column * depth, depth, isFirst, sums + column * 32)
     }
     return N * V.scalarCount
   }
@@ -130,9 +156,9 @@ package enum FewRows {
 extension FewRows {
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
   /// are a power of two apart, twice, since the next ones are on their way. That of processors without AVX-512 is half as
-  /// large, and on Intel's 32 were faster, too.
+  /// large.
   #if WIDE_VECTORS
-    package static let depthAtOnce = Choices.isIntel ? 32 : 64
+    package static let depthAtOnce = 64
   #else
     package static let depthAtOnce = 32
   #endif
@@ -212,12 +238,13 @@ private enum AddingTile<let A: Int, let B: Int> {
     var (a, b, w) = (one, two, weights)
     var left = count
     while left > 0 {
-      for k in 0..<min(16, left) {
-        let column = w.vector()
-        hint_read_later(w + 16)
+      for k in Swift.stride(from: 0, to: min(16, left) &- 3, by: 4) {
+        for next in 0..<4 { add(a + (k &+ next), b + (k &+ next), w + next &* stride, &sums0, &sums1) }
+        w += 4 &* stride
+      }
+      for k in min(16, left) / 4 &* 4..<min(16, left) {
+        add(a + k, b + k, w, &sums0, &sums1)
         w += stride
-        for i in 0..<A { sums0[unchecked: i].addProduct(Vector(repeating: a[i &* 16 &+ k]), column) }
-        for i in 0..<B { sums1[unchecked: i].addProduct(Vector(repeating: b[i &* 16 &+ k]), column) }
       }
       a += high &* 16
       b += low &* 16
@@ -225,6 +252,18 @@ private enum AddingTile<let A: Int, let B: Int> {
     }
     for i in 0..<A { tile.store(sums0[unchecked: i], at: i &* apart) }
     for i in 0..<B { tile.store(sums1[unchecked: i], at: (A &+ i) &* apart) }
+  }
+
+  /// One term of all sums: one of each row, times the matrix row at `weights`, whose next lines are asked for.
+  @inline(__always)
+  private static func add(
+    _ a: UnsafePointer<Float>, _ b: UnsafePointer<Float>, _ weights: UnsafePointer<Float>,
+    _ sums0: inout InlineArray<A, Vector>, _ sums1: inout InlineArray<B, Vector>
+  ) {
+    let column = weights.vector()
+    hint_read_later(weights + (Choices.isIntel ? 48 : 16))
+    for i in 0..<A { sums0[unchecked: i].addProduct(Vector(repeating: a[i &* 16]), column) }
+    for i in 0..<B { sums1[unchecked: i].addProduct(Vector(repeating: b[i &* 16]), column) }
   }
 }
 
@@ -236,7 +275,7 @@ private typealias Eight = SIMD8<Float>
 private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> where V.Scalar == Float {
   @inline(never)
   static func run(
-    _ side: UnsafePointer<Float>, _ lanes: Int, _ weights: UnsafePointer<Float>, _ depth: Int, _ ahead: Int,
+    _ side: UnsafePointer<Float>, _ lanes: Int, _ weights: UnsafePointer<Float>, _ depth: Int, _ isFirst: Bool,
     _ sums: UnsafeMutablePointer<Float>
   ) {
     var sums0 = InlineArray<M, V>(repeating: .zero)
@@ -245,25 +284,21 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
     let width = V.scalarCount
     var x = side
     var w = weights
-    var next = weights + ahead
-    let (between, onward) = FewRows.asking(M, depth)
+    var ahead = FewRows.Ahead(weights, rows: M, depth: depth, isFirst: isFirst)
     var left = depth
     while left > 0 {
-      for i in 0..<M { hint_read_later(next + i &* between) }
-      next += onward
-      for k in 0..<min(16, left) {
-        let x0 = UnsafeRawPointer(x).loadUnaligned(as: V.self)
-        let x1 = N > 1 ? UnsafeRawPointer(x + width).loadUnaligned(as: V.self) : .zero
-        let x2 = N > 2 ? UnsafeRawPointer(x + 2 &* width).loadUnaligned(as: V.self) : .zero
-        for i in 0..<M {
-          let weight = V(repeating: w[i &* depth &+ k])
-          sums0[unchecked: i].addProduct(weight, x0)
-          if N > 1 { sums1[unchecked: i].addProduct(weight, x1) }
-          if N > 2 { sums2[unchecked: i].addProduct(weight, x2) }
-        }
-        x += lanes
+      ahead.ask(M)
+      // Four at a time: addresses would take as many instructions as the products.
+      for _ in 0..<min(16, left) / 4 {
+        for k in 0..<4 { add(k, x + k &* lanes, w, depth, &sums0, &sums1, &sums2) }
+        x += 4 &* lanes
+        w += 4
       }
-      w += 16
+      for _ in 0..<min(16, left) % 4 {
+        add(0, x, w, depth, &sums0, &sums1, &sums2)
+        x += lanes
+        w += 1
+      }
       left &-= 16
     }
     for i in 0..<M {
@@ -271,6 +306,24 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
       to.storeBytes(of: sums0[unchecked: i], as: V.self)
       if N > 1 { (to + width &* 4).storeBytes(of: sums1[unchecked: i], as: V.self) }
       if N > 2 { (to + width &* 8).storeBytes(of: sums2[unchecked: i], as: V.self) }
+    }
+  }
+
+  /// One term of all sums: weight `k` from `weights` on of each row, times one of each of the rows side by side.
+  @inline(__always)
+  private static func add(
+    _ k: Int, _ side: UnsafePointer<Float>, _ weights: UnsafePointer<Float>, _ depth: Int,
+    _ sums0: inout InlineArray<M, V>, _ sums1: inout InlineArray<M, V>, _ sums2: inout InlineArray<M, V>
+  ) {
+    let width = V.scalarCount
+    let x0 = UnsafeRawPointer(side).loadUnaligned(as: V.self)
+    let x1 = N > 1 ? UnsafeRawPointer(side + width).loadUnaligned(as: V.self) : .zero
+    let x2 = N > 2 ? UnsafeRawPointer(side + 2 &* width).loadUnaligned(as: V.self) : .zero
+    for i in 0..<M {
+      let weight = V(repeating: weights[i &* depth &+ k])
+      sums0[unchecked: i].addProduct(weight, x0)
+      if N > 1 { sums1[unchecked: i].addProduct(weight, x1) }
+      if N > 2 { sums2[unchecked: i].addProduct(weight, x2) }
     }
   }
 }
@@ -286,11 +339,9 @@ private enum TurningTile<let M: Int> {
     var chains = InlineArray<M, Vector>(repeating: .zero)
     var a = rows
     var k = 0
-    var next = weights + 16 &* depth
-    let (between, onward) = FewRows.asking(16, depth)
+    var ahead = FewRows.Ahead(weights, rows: 16, depth: depth, isFirst: true)
     while k &+ 16 <= depth {
-      for i in 0..<16 { hint_read_later(next + i &* between) }
-      next += onward
+      ahead.ask(16)
       let turned = transposed(weights + k, stride: depth)
       for column in 0..<16 {
         for i in 0..<M {

@@ -12,13 +12,15 @@ package enum Outer {
   /// gradient [left width, stride] += share · leftᵀ·right over `rows`, for the columns of `left` in `range`; or = where it
   /// `writes`. The range begins at a multiple of 16.
   ///
-  /// `byRows` says how the gradient is walked: along its rows, for few rows, or down its columns.
+  /// `byRows` says how the gradient is walked: along its rows, for few rows of the factors, or down its columns.
   package static func add(
     _ left: Panels, _ range: Range<Int>, _ right: Panels, rows: Int, times share: Float,
     to gradient: UnsafeMutablePointer<Float>, stride: Int, writes: Bool, byRows: Bool, on desk: Product.Desk
   ) {
     // What is written is not read soon: it need not pass through the caches, where it would first be read.
     let streams = writes && stride % 16 == 0 && UInt(bitPattern: gradient) % 64 == 0
+
+    let way = streams ? Tiles.Place.Way.writePast : writes ? .write : .add
 
     /// Adds a tile of `columns` × `blocks` · 16 to its place, for which `prepare` has asked.
     func finish(_ tile: UnsafePointer<Float>, _ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
@@ -42,28 +44,36 @@ package enum Outer {
       }
     }
 
-    /// The tile from `column` on where both factors stand; how many columns it took.
-    @discardableResult func add(_ block: Int, _ column: Int) -> Int {
-      let blocks = min(Tiles.outerBlocks, right.blocks - block)
-      let columns = min(Tiles.outerRows(at: column), range.upperBound - column)
-      prepare(block, blocks, column, columns)
-      Tiles.outer(left, from: column, right, block: block, blocks: blocks, rows: rows, into: desk.tile)
-      finish(desk.tile, block, blocks, column, columns)
-      return columns
-    }
-    if byRows {
-      // The right factor is small, and a gradient's rows are walked from end to end.
+    /// All columns × the right `blocks`, at most `atOnce` of them in a tile.
+    func add(_ some: Range<Int>, atOnce: Int) {
       var column = range.lowerBound
       while column < range.upperBound {
-        for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) { add(block, column) }
-        column += Tiles.outerRows(at: column)
+        let columns = min(Tiles.outerRows(at: column), range.upperBound - column)
+        for block in Swift.stride(from: some.lowerBound, to: some.upperBound, by: atOnce) {
+          let blocks = min(atOnce, some.upperBound - block)
+          let isWhole = columns == Tiles.outerRows(at: column) && (block + blocks) * 16 <= right.width
+          prepare(block, blocks, column, columns)
+          let place =
+            isWhole
+            ? Tiles.Place(base: gradient + (column * stride + block * 16), stride: stride, way: way)
+            : Tiles.Place(base: desk.tile, stride: blocks * 16, way: .write)
+          Tiles.outer(
+            left, from: column, right, block: block, blocks: blocks, rows: rows, times: isWhole ? share : 1, to: place)
+          if !isWhole { finish(desk.tile, block, blocks, column, columns) }
+        }
+        column += columns
+      }
+    }
+    if byRows {
+      let (atOnce, together) = alongRows(rows: rows, of: right.blocks)
+      for block in Swift.stride(from: 0, to: right.blocks, by: together) {
+        add(block..<min(right.blocks, block + together), atOnce: atOnce)
       }
     } else {
       // The right blocks of one round stay in the first caches while the left columns stream by.
       #if WIDE_VECTORS
         for block in Swift.stride(from: 0, to: right.blocks, by: Tiles.outerBlocks) {
-          var column = range.lowerBound
-          while column < range.upperBound { column += add(block, column) }
+          add(block..<min(right.blocks, block + Tiles.outerBlocks), atOnce: Tiles.outerBlocks)
         }
       #else
         for column in Swift.stride(from: range.lowerBound, to: range.upperBound, by: columnsAtOnce) {
@@ -78,6 +88,17 @@ package enum Outer {
       #endif
     }
     if streams { hint_written_past() }
+  }
+
+  /// How many of the right factor's blocks a tile takes, and how many are walked along a gradient's rows before its next rows.
+  ///
+  /// Intel's processors are twice as fast where half of the first cache holds those blocks and what is written past the caches
+  /// goes to some hundred bytes of each row; AMD's take all of them.
+  private static func alongRows(rows: Int, of blocks: Int) -> (atOnce: Int, together: Int) {
+    #if WIDE_VECTORS
+      if Choices.isIntel { return (2, max(2, 384 / rows / 2 * 2)) }
+    #endif
+    return (Tiles.outerBlocks, blocks)
   }
 
   /// Floats of a desk's scratch for products over `rows` rows.

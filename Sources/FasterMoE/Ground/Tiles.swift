@@ -74,28 +74,50 @@ package enum Tiles {
   /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
   @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }
 
-  /// tile [outerRows(at: from), blocks·16] = Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks].
+  /// Adds share · Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks] to a place of
+  /// [outerRows(at: from), blocks·16], or writes it there.
   ///
   /// Both factors are panels of the same rows; `from` is a column of `left` where a tile begins, `block` one of
   /// `right`'s blocks, of which `blocks` (1...outerBlocks) are taken.
   @inline(__always)
   static func outer(
-    _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int,
-    into tile: UnsafeMutablePointer<Float>
+    _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int, times share: Float,
+    to place: Place
   ) {
     #if WIDE_VECTORS
       switch blocks {
-      case 3: OuterTile<8, 3>.run(left, column, right, block, rows, tile)
-      case 2: OuterTile<8, 2>.run(left, column, right, block, rows, tile)
-      default: OuterTile<8, 1>.run(left, column, right, block, rows, tile)
+      case 3: OuterTile<8, 3>.run(left, column, right, block, rows, share, place)
+      case 2: OuterTile<8, 2>.run(left, column, right, block, rows, share, place)
+      default: OuterTile<8, 1>.run(left, column, right, block, rows, share, place)
       }
     #else
       if outerRows(at: column) == 6 {
-        OuterTile<6, 1>.run(left, column, right, block, rows, tile)
+        OuterTile<6, 1>.run(left, column, right, block, rows, share, place)
       } else {
-        OuterTile<4, 1>.run(left, column, right, block, rows, tile)
+        OuterTile<4, 1>.run(left, column, right, block, rows, share, place)
       }
     #endif
+  }
+
+  /// Where a tile's rows go, and how.
+  struct Place {
+    enum Way {
+      case add, write
+      /// As lines of memory that the caches need not hold; each vector is one.
+      case writePast
+    }
+    let base: UnsafeMutablePointer<Float>
+    let stride: Int
+    let way: Way
+
+    @inline(__always) func put(_ sum: Vector, at to: UnsafeMutablePointer<Float>, times share: Float) {
+      let factor = Vector(repeating: share)
+      switch way {
+      case .add: to.store(sum.times(factor, plus: to.vector()))
+      case .write: to.store(sum.times(factor, plus: Vector.zero))
+      case .writePast: hint_write_past(to, sum.times(factor, plus: Vector.zero))
+      }
+    }
   }
 }
 
@@ -148,11 +170,11 @@ private enum ProductTile<let M: Int, let N: Int> {
   }
 }
 
-/// M columns of `left` × N blocks of `right`, summed over rows; `tile` has rows of N·16.
+/// M columns of `left` × N blocks of `right`, summed over rows, straight from registers to their place.
 private enum OuterTile<let M: Int, let N: Int> {
   @inline(never)
   static func run(
-    _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ tile: UnsafeMutablePointer<Float>
+    _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ share: Float, _ place: Tiles.Place
   ) {
     var sums0 = InlineArray<M, Vector>(repeating: .zero)
     var sums1 = InlineArray<M, Vector>(repeating: .zero)
@@ -179,9 +201,10 @@ private enum OuterTile<let M: Int, let N: Int> {
       first &+= high
     }
     for i in 0..<M {
-      tile.store(sums0[unchecked: i], at: i &* N &* 16)
-      if N > 1 { tile.store(sums1[unchecked: i], at: (i &* N &+ 1) &* 16) }
-      if N > 2 { tile.store(sums2[unchecked: i], at: (i &* N &+ 2) &* 16) }
+      let row = place.base + i &* place.stride
+      place.put(sums0[unchecked: i], at: row, times: share)
+      if N > 1 { place.put(sums1[unchecked: i], at: row + 16, times: share) }
+      if N > 2 { place.put(sums2[unchecked: i], at: row + 32, times: share) }
     }
   }
 }
