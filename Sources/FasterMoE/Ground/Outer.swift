@@ -20,12 +20,14 @@ package enum Outer {
     // What is written is not read soon: it need not pass through the caches, where it would first be read.
     let streams = writes && stride % 16 == 0 && UInt(bitPattern: gradient) % 64 == 0
 
-    let way = streams ? Tiles.Place.Way.writePast : writes ? .write : .add
-
-    /// Adds a tile of `columns` × `blocks` · 16 to its place, for which `prepare` has asked.
+    func place(_ column: Int, _ block: Int) -> UnsafeMutablePointer<Float> { gradient + (column * stride + block * 16) }
+    func prepare(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
+      if !writes { Prefetch.write(place(column, block), stride: stride, rows: columns, columns: blocks * 16) }
+    }
+    /// Puts a tile of `columns` × `blocks` · 16 in its place, for which `prepare` has asked.
     func finish(_ tile: UnsafePointer<Float>, _ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
       for i in 0..<columns {
-        let row = gradient + ((column + i) * stride + block * 16)
+        let row = place(column + i, block)
         for j in 0..<blocks {
           let sum = tile.vector(at: (i * blocks + j) * 16)
           if streams {
@@ -38,28 +40,31 @@ package enum Outer {
         }
       }
     }
-    func prepare(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
-      if !writes {
-        Prefetch.write(gradient + (column * stride + block * 16), stride: stride, rows: columns, columns: blocks * 16)
+    /// Some columns × some right blocks.
+    func add(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
+      prepare(block, blocks, column, columns)
+      func outer<Sink: TileSink>(_: Sink.Type, times share: Float, to: UnsafeMutablePointer<Float>, stride: Int) {
+        Tiles.outer(
+          left, from: column, right, block: block, blocks: blocks, rows: rows, times: share, Sink.self, to: to,
+          stride: stride)
+      }
+      let isWhole = columns == Tiles.outerRows(at: column) && (block + blocks) * 16 <= right.width
+      if streams, isWhole {
+        outer(StreamingSink.self, times: share, to: place(column, block), stride: stride)
+      } else if isWhole && !writes {
+        outer(AddingSink.self, times: share, to: place(column, block), stride: stride)
+      } else {
+        outer(WritingSink.self, times: 1, to: desk.tile, stride: blocks * 16)
+        finish(desk.tile, block, blocks, column, columns)
       }
     }
-
-    /// All columns × the right `blocks`, at most `atOnce` of them in a tile.
+    /// All columns × some right blocks, at most `atOnce` of them in a tile.
     func add(_ some: Range<Int>, atOnce: Int) {
       var column = range.lowerBound
       while column < range.upperBound {
         let columns = min(Tiles.outerRows(at: column), range.upperBound - column)
         for block in Swift.stride(from: some.lowerBound, to: some.upperBound, by: atOnce) {
-          let blocks = min(atOnce, some.upperBound - block)
-          let isWhole = columns == Tiles.outerRows(at: column) && (block + blocks) * 16 <= right.width
-          prepare(block, blocks, column, columns)
-          let place =
-            isWhole
-            ? Tiles.Place(base: gradient + (column * stride + block * 16), stride: stride, way: way)
-            : Tiles.Place(base: desk.tile, stride: blocks * 16, way: .write)
-          Tiles.outer(
-            left, from: column, right, block: block, blocks: blocks, rows: rows, times: isWhole ? share : 1, to: place)
-          if !isWhole { finish(desk.tile, block, blocks, column, columns) }
+          add(block, min(atOnce, some.upperBound - block), column, columns)
         }
         column += columns
       }

@@ -74,50 +74,55 @@ package enum Tiles {
   /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
   @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }
 
-  /// Adds share · Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks] to a place of
-  /// [outerRows(at: from), blocks·16], or writes it there.
+  /// share · Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks], put by a `Sink` where rows of
+  /// `stride` floats begin at `place`.
   ///
   /// Both factors are panels of the same rows; `from` is a column of `left` where a tile begins, `block` one of
   /// `right`'s blocks, of which `blocks` (1...outerBlocks) are taken.
   @inline(__always)
-  static func outer(
+  static func outer<Sink: TileSink>(
     _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int, times share: Float,
-    to place: Place
+    _: Sink.Type,
+    to place: UnsafeMutablePointer<Float>, stride: Int
   ) {
     #if WIDE_VECTORS
       switch blocks {
-      case 3: OuterTile<8, 3>.run(left, column, right, block, rows, share, place)
-      case 2: OuterTile<8, 2>.run(left, column, right, block, rows, share, place)
-      default: OuterTile<8, 1>.run(left, column, right, block, rows, share, place)
+      case 3: OuterTile<8, 3, Sink>.run(left, column, right, block, rows, share, place, stride)
+      case 2: OuterTile<8, 2, Sink>.run(left, column, right, block, rows, share, place, stride)
+      default: OuterTile<8, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
       }
     #else
       if outerRows(at: column) == 6 {
-        OuterTile<6, 1>.run(left, column, right, block, rows, share, place)
+        OuterTile<6, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
       } else {
-        OuterTile<4, 1>.run(left, column, right, block, rows, share, place)
+        OuterTile<4, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
       }
     #endif
   }
+}
 
-  /// Where a tile's rows go, and how.
-  struct Place {
-    enum Way {
-      case add, write
-      /// As lines of memory that the caches need not hold; each vector is one.
-      case writePast
-    }
-    let base: UnsafeMutablePointer<Float>
-    let stride: Int
-    let way: Way
+/// How a tile's sums are put in their place. A type, since a choice among stores costs the tile its registers.
+protocol TileSink {
+  static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>)
+}
 
-    @inline(__always) func put(_ sum: Vector, at to: UnsafeMutablePointer<Float>, times share: Float) {
-      let factor = Vector(repeating: share)
-      switch way {
-      case .add: to.store(sum.times(factor, plus: to.vector()))
-      case .write: to.store(sum.times(factor, plus: Vector.zero))
-      case .writePast: hint_write_past(to, sum.times(factor, plus: Vector.zero))
-      }
-    }
+/// Added to what stands there.
+enum AddingSink: TileSink {
+  @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
+    to.store(sum.times(share, plus: to.vector()))
+  }
+}
+
+enum WritingSink: TileSink {
+  @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
+    to.store(sum.times(share, plus: Vector.zero))
+  }
+}
+
+/// Written past the caches; each vector is a line of memory.
+enum StreamingSink: TileSink {
+  @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
+    hint_write_past(to, sum.times(share, plus: Vector.zero))
   }
 }
 
@@ -171,10 +176,11 @@ private enum ProductTile<let M: Int, let N: Int> {
 }
 
 /// M columns of `left` × N blocks of `right`, summed over rows, straight from registers to their place.
-private enum OuterTile<let M: Int, let N: Int> {
+private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
   @inline(never)
   static func run(
-    _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ share: Float, _ place: Tiles.Place
+    _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ share: Float,
+    _ place: UnsafeMutablePointer<Float>, _ stride: Int
   ) {
     var sums0 = InlineArray<M, Vector>(repeating: .zero)
     var sums1 = InlineArray<M, Vector>(repeating: .zero)
@@ -200,11 +206,12 @@ private enum OuterTile<let M: Int, let N: Int> {
       }
       first &+= high
     }
+    let factor = Vector(repeating: share)
     for i in 0..<M {
-      let row = place.base + i &* place.stride
-      place.put(sums0[unchecked: i], at: row, times: share)
-      if N > 1 { place.put(sums1[unchecked: i], at: row + 16, times: share) }
-      if N > 2 { place.put(sums2[unchecked: i], at: row + 32, times: share) }
+      let row = place + i &* stride
+      Sink.put(sums0[unchecked: i], times: factor, at: row)
+      if N > 1 { Sink.put(sums1[unchecked: i], times: factor, at: row + 16) }
+      if N > 2 { Sink.put(sums2[unchecked: i], times: factor, at: row + 32) }
     }
   }
 }

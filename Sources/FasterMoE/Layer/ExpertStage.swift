@@ -230,15 +230,17 @@ extension PassContext {
     inputGradients(index, rows, 0..<shape.model)
   }
 
-  /// What the gradients of weights need, too: x, dy and the routing weight of some rows.
+  /// What the gradients of weights need, too: x, dy and the routing weight of some rows; and <dy, b2>, while dy is near.
   private func keepRows(_ index: Int, _ rows: Range<Int>) {
     let first = Int(inbox.blocks[index].row)
     let slot = workspace.slot(index, row: first)
+    let bias = values(inbox.blocks[index]).outwardBias
     slot.tokens.from(rows.lowerBound).fill(rows: rows.count) { tokenRow(first + rows.lowerBound + $0) }
     slot.grads.from(rows.lowerBound).fill(rows: rows.count) { gradRow(first + rows.lowerBound + $0) }
     for row in rows {
       let (source, at) = source(first + row)
       slot.scales[row] = source.weight(at)
+      slot.biasGrads[row] = bias.map { dot(source.grad(at), $0) } ?? 0
     }
   }
 
@@ -334,19 +336,20 @@ extension PassContext {
   /// ds = <dy, out> = <dy·W2, a> + <dy, b2>: the output row itself need not be kept.
   private func setGradWeights(_ index: Int, _ rows: Range<Int>) {
     let block = inbox.blocks[index]
-    let bias = values(block).outwardBias
+    let slot = workspace.slot(index, row: Int(block.row))
     for row in rows {
       let (source, at) = source(Int(block.row) + row)
-      var sum = desk.rowSums.vector(at: row * 16)
-      if let bias {
-        let grad = source.grad(at)
-        for column in stride(from: 0, to: shape.model, by: 16) {
-          let width = min(16, shape.model - column)
-          sum.addProduct(grad.vector(at: column, first: width), UnsafePointer(bias).vector(at: column, first: width))
-        }
-      }
-      source.setGradWeight(at, sum.total)
+      source.setGradWeight(at, desk.rowSums.vector(at: row * 16).total + slot.biasGrads[row])
     }
+  }
+
+  private func dot(_ a: UnsafePointer<Float>, _ b: UnsafePointer<Float>) -> Float {
+    var sum = Vector.zero
+    for column in stride(from: 0, to: shape.model, by: 16) {
+      let width = min(16, shape.model - column)
+      sum.addProduct(a.vector(at: column, first: width), b.vector(at: column, first: width))
+    }
+    return sum.total
   }
 
   // MARK: Weight gradients

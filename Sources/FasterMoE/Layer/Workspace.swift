@@ -33,6 +33,8 @@ struct Workspace {
     let hidden: Panels
     /// The routing weight of each row.
     let scales: UnsafeMutablePointer<Float>
+    /// What the outer bias has in the gradient of each row's routing weight.
+    let biasGrads: UnsafeMutablePointer<Float>
   }
 
   /// Rows and columns of tokens that a gate task takes at a time; sums over tokens go by these rows, for any threads.
@@ -95,8 +97,8 @@ struct Workspace {
       var arena = Arena(over: slots)
       let all = Workspace.slot(shape, rows: rows, &arena)
       return Slot(
-        tokens: all.tokens.from(row), grads: all.grads.from(row), hidden: all.hidden.from(row), scales: all.scales + row
-      )
+        tokens: all.tokens.from(row), grads: all.grads.from(row), hidden: all.hidden.from(row),
+        scales: all.scales + row, biasGrads: all.biasGrads + row)
     }
   }
 
@@ -117,6 +119,7 @@ struct Workspace {
     let model = rows * Panels.padded(shape.model)
     return Slot(
       tokens: Panels(arena.take(model), width: shape.model), grads: Panels(arena.take(model), width: shape.model),
-      hidden: Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden), scales: arena.take(rows))
+      hidden: Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden), scales: arena.take(rows),
+      biasGrads: arena.take(rows))
   }
 }
