@@ -90,6 +90,35 @@ private struct Outcome: Equatable {
     }
   }
 
+  /// Many pre-activations may be kept elsewhere than few: halves of a batch give the bits of the whole.
+  @Test(arguments: [Activation.gelu, .swiglu]) func halvesOfALargeBatchGiveItsBits(activation: Activation) throws {
+    let (n, d, h) = (600, 8, 1024)
+    var numbers = Numbers(23)
+    let (tokens, gradOutput, weights) = (numbers.array(n * d), numbers.array(n * d), numbers.array(n))
+    let shape = try Shape(model: d, hidden: h, experts: 1, choices: 1, activation: activation)
+    let layer = try Layer.together(Self.group(threads: 2)) { Layer.Options(shape, seed: 9) }
+    func outcome(_ part: Range<Int>) throws -> (output: [Float], gradTokens: [Float]) {
+      let floats = part.lowerBound * d..<part.upperBound * d
+      var (output, gradTokens) = (
+        [Float](repeating: 0, count: floats.count), [Float](repeating: 0, count: floats.count)
+      )
+      try Array(tokens[floats]).withUnsafeBufferPointer { tokens in
+        let pass = try layer.route(
+          tokens: tokens.baseAddress, count: part.count, choices: [Int32](repeating: 0, count: part.count),
+          weights: Array(weights[part]))
+        try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+        try gradTokens.withUnsafeMutableBufferPointer { dx in
+          try pass.backward(Array(gradOutput[floats]), gradTokens: dx.baseAddress, gradWeights: nil)
+        }
+        pass.end()
+      }
+      return (output, gradTokens)
+    }
+    let (whole, first, second) = (try outcome(0..<n), try outcome(0..<n / 2), try outcome(n / 2..<n))
+    #expect(whole.output.map(\.bitPattern) == (first.output + second.output).map(\.bitPattern))
+    #expect(whole.gradTokens.map(\.bitPattern) == (first.gradTokens + second.gradTokens).map(\.bitPattern))
+  }
+
   @Test func everyGateGivesTheSameBitsForAnyThreads() throws {
     let tight = Capacity(factor: 0.7, inEvaluation: 1)
     let gates: [(any Gate, Int)] = [

@@ -14,7 +14,7 @@ extension Pass {
     words.gradOutput = UnsafeRawPointer(gradOutput)
     words.slots = UnsafeRawPointer(store.routing.slots)
     words.weights = UnsafeRawPointer(store.routing.weights)
-    words.rows = UnsafeRawPointer(store.rows)
+    words.rows = UnsafeRawPointer(results)
     words.gradWeights = UnsafeRawPointer(store.gradWeights)
     words.values = UnsafeRawPointer(layer!.values.base)
     words.copyGrads = UnsafeRawPointer(inbox?.copyGrads)
@@ -115,7 +115,7 @@ extension Pass {
             tokens: floats(all[worker].words.tokens), grads: floats(all[worker].words.gradOutput),
             slots: all[worker].words.slots?.assumingMemoryBound(to: Int32.self),
             rows: floats(all[worker].words.rows), weights: floats(all[worker].words.weights),
-            gradWeights: floats(all[worker].words.gradWeights), shape))
+            gradWeights: floats(all[worker].words.gradWeights), isDirect: store.isDirect, shape))
       } else {
         place.initialize(
           to: Source(

@@ -1,3 +1,4 @@
+import CHints
 import Synchronization
 
 /// What backward does with some blocks.
@@ -51,6 +52,7 @@ extension PassContext {
 
   /// y_i = Σ_j s_ij · expert_ij(x_i).
   func combine(into output: UnsafeMutablePointer<Float>) {
+    if store.isDirect { return clearDropped(output) }
     forEachToken { token in
       for column in stride(from: 0, to: shape.model, by: 16) {
         let width = min(16, shape.model - column)
@@ -70,7 +72,7 @@ extension PassContext {
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
     Product.forEachTile(
       rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
-      ahead: { column, row, high in askForUnits(column, high, first, row, slot) }
+      ahead: { column, row, high in askForUnits(column, high, first, row, slot, changing: false) }
     ) {
       column, row, high, tile, linearTile in
       let place = hiddenTile(tile, linearTile, column, high, first, row, slot)
@@ -82,6 +84,7 @@ extension PassContext {
       case .swiglu: place.activateGated()
       }
     }
+    if inbox.innerIsFar { hint_written_past() }
   }
 
   /// Some columns of the outputs of some rows of a block; hidden units are made `again` where other threads made some.
@@ -97,7 +100,7 @@ extension PassContext {
       ahead: { column, row, high in askForRows(first + row, high, column) }
     ) {
       column, row, high, tile, _ in
-      storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil)
+      storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil, weighted: store.isDirect)
     }
   }
 
@@ -209,6 +212,7 @@ extension PassContext {
 
   /// grad_tokens of a pass that the caller routed.
   func combineGrads(into gradTokens: UnsafeMutablePointer<Float>) {
+    if store.isDirect { return clearDropped(gradTokens) }
     forEachToken { token in
       for column in stride(from: 0, to: shape.model, by: 16) {
         let width = min(16, shape.model - column)
@@ -258,7 +262,9 @@ extension PassContext {
     let outward = product(grads, Factor(values(block).outward, depth: shape.model, columns: shape.hidden))
     Product.forEachTile(
       rows.count, in: units, by: backwardKernel(rows, outward), outward,
-      ahead: { column, row, high in askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot) }
+      ahead: { column, row, high in
+        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, changing: true)
+      }
     ) {
       column, row, high, tile, _ in
       let row = rows.lowerBound + row
@@ -268,9 +274,12 @@ extension PassContext {
 
   /// Asks for what a tile of hidden units will touch.
   @inline(__always)
-  private func askForUnits(_ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot) {
+  private func askForUnits(
+    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, changing: Bool
+  ) {
     let tile = desk.first.tile
-    hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(isGated: shape.activation.isGated)
+    hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(
+      isGated: shape.activation.isGated, changing: changing)
   }
 
   @inline(__always)
@@ -280,7 +289,8 @@ extension PassContext {
   ) -> HiddenTile {
     HiddenTile(
       tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
-      innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
+      innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks,
+      writesPast: inbox.innerIsFar)
   }
 
   private func deactivate(_ place: HiddenTile, _ scales: UnsafePointer<Float>, _ row: Int) {
@@ -325,7 +335,9 @@ extension PassContext {
       ahead: { column, row, high in askForRows(first + row, high, column) }
     ) {
       column, row, high, tile, linearTile in
-      storeRows(tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile })
+      storeRows(
+        tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile },
+        weighted: false)
     }
   }
 

@@ -10,6 +10,8 @@ struct HiddenTile {
   let innerLinear: UnsafeMutablePointer<Float>
   let hidden: UnsafeMutablePointer<Float>
   let blocks: Int
+  /// Whether pre-activations are written past the caches.
+  let writesPast: Bool
   /// Of the panel; nil for all.
   var rows: Range<Int>?
 
@@ -22,14 +24,16 @@ struct HiddenTile {
     }
   }
 
-  /// Asks for what will be written, before the tile is computed: hidden units come from farther than the second cache.
+  /// Asks for what will be written or changed, before the tile is computed: hidden units come from farther than the second
+  /// cache.
   @inline(__always)
-  func askForUnits(isGated: Bool) {
+  func askForUnits(isGated: Bool, changing: Bool) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
-        hint_write_soon(inner + (block &+ i &* 16))
         hint_write_soon(hidden + (block &+ i &* 16))
+        guard changing || !writesPast else { continue }
+        hint_write_soon(inner + (block &+ i &* 16))
         if isGated { hint_write_soon(innerLinear + (block &+ i &* 16)) }
       }
     }
@@ -39,6 +43,12 @@ struct HiddenTile {
   func keepTile() { forEach { at, panel, _ in hidden.store(tile.vector(at: at), at: panel) } }
   func readHidden() { forEach { at, panel, _ in tile.store(hidden.vector(at: panel), at: at) } }
 
+  /// Keeps a pre-activation for backward.
+  @inline(__always)
+  private func keep(_ value: Vector, _ to: UnsafeMutablePointer<Float>) {
+    if writesPast { hint_write_past(to, value) } else { to.store(value) }
+  }
+
   /// u = tile + b1 is kept, a = f(u) goes on.
   @inline(__always)
   func activate<F: Nonlinearity>(_: F.Type, bias: UnsafeMutablePointer<Float>, _ h: Int) {
@@ -47,7 +57,7 @@ struct HiddenTile {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
         let u = tile.vector(at: i &* Strip.width &+ half &* 16) + added
-        inner.store(u, at: block &+ i &* 16)
+        keep(u, inner + (block &+ i &* 16))
         hidden.store(F.value(u), at: block &+ i &* 16)
       }
     }
@@ -57,8 +67,8 @@ struct HiddenTile {
   func activateGated() {
     forEach { at, panel, _ in
       let (u, v) = (tile.vector(at: at), linearTile.vector(at: at))
-      inner.store(u, at: panel)
-      innerLinear.store(v, at: panel)
+      keep(u, inner + panel)
+      keep(v, innerLinear + panel)
       hidden.store(Silu.value(u) * v, at: panel)
     }
   }

@@ -8,6 +8,9 @@ struct Inbox {
   let inner: Panels
   /// The linear half of gated experts.
   let innerLinear: Panels
+  /// Whether pre-activations are more than the second cache holds until backward. On Intel's processors they need not
+  /// pass through the caches then; AMD's are nearer to their third one.
+  let innerIsFar: Bool
   let blocks: UnsafeMutablePointer<Block>
   /// [rounds], [shadows] the blocks of each.
   let roundBlocks, shadowBlocks: UnsafeMutablePointer<Range<Int>>
@@ -42,6 +45,7 @@ struct Inbox {
     inner = Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden)
     innerLinear = Panels(
       arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
+    innerIsFar = Choices.isIntel && rows * Panels.padded(shape.hidden) > 1 << 19
     blocks = arena.take(most)
     roundBlocks = arena.take(rounds.count)
     shadowBlocks = arena.take(shadows)
@@ -72,8 +76,9 @@ struct Source {
   private let tokens: UnsafePointer<Float>
   private let grads: UnsafePointer<Float>
   private let slots: UnsafePointer<Int32>?
-  /// [rows, d] what the experts make of them.
+  /// [rows, d] what the experts make of them, or [n, d] where that goes directly to its tokens.
   private let rows: UnsafeMutablePointer<Float>
+  private let isDirect: Bool
   /// [n, k]; nil where gradients come weighted already and their owner makes those of the weights.
   private let weights: UnsafePointer<Float>?
   private let gradWeights: UnsafeMutablePointer<Float>?
@@ -85,13 +90,13 @@ struct Source {
   init(
     tokens: UnsafePointer<Float>?, grads: UnsafePointer<Float>?, slots: UnsafePointer<Int32>?,
     rows: UnsafeMutablePointer<Float>?, weights: UnsafePointer<Float>?, gradWeights: UnsafeMutablePointer<Float>?,
-    _ shape: Shape
+    isDirect: Bool, _ shape: Shape
   ) {
     let nothing = UnsafeMutablePointer<Float>(bitPattern: 64)!
     self.tokens = tokens ?? UnsafePointer(nothing)
     self.grads = grads ?? UnsafePointer(nothing)
     self.rows = rows ?? nothing
-    (self.slots, self.weights, self.gradWeights) = (slots, weights, gradWeights)
+    (self.slots, self.weights, self.gradWeights, self.isDirect) = (slots, weights, gradWeights, isDirect)
     (model, choices) = (shape.model, shape.choices)
   }
 
@@ -100,14 +105,16 @@ struct Source {
     tokens: UnsafePointer<Float>, grads: UnsafePointer<Float>, rows: UnsafeMutablePointer<Float>, _ shape: Shape
   ) {
     (self.tokens, self.grads, self.rows) = (tokens, grads, rows)
-    (slots, weights, gradWeights) = (nil, nil, nil)
+    (slots, weights, gradWeights, isDirect) = (nil, nil, nil, false)
     (model, choices) = (shape.model, shape.choices)
   }
 
   @inline(__always) private func line(_ row: Int) -> Int { slots.map { Int($0[row]) / choices } ?? row }
   @inline(__always) func token(_ row: Int) -> UnsafePointer<Float> { tokens + line(row) &* model }
   @inline(__always) func grad(_ row: Int) -> UnsafePointer<Float> { grads + line(row) &* model }
-  @inline(__always) func result(_ row: Int) -> UnsafeMutablePointer<Float> { rows + row &* model }
+  @inline(__always) func result(_ row: Int) -> UnsafeMutablePointer<Float> {
+    rows + (isDirect ? line(row) : row) &* model
+  }
   /// What the row's gradient is still to be multiplied by.
   @inline(__always) func weight(_ row: Int) -> Float { weights.map { $0[Int(slots![row])] } ?? 1 }
   @inline(__always) func setGradWeight(_ row: Int, _ value: Float) { gradWeights?[Int(slots![row])] = value }

@@ -202,6 +202,7 @@ package final class Pass: TeamWork {
   /// y [n, d] of the batch.
   package func forward(_ output: UnsafeMutablePointer<Float>?) throws(Failure) {
     began = .now
+    results = store.isDirect ? output : store.rows
     let own = failure { () throws(Failure) in
       guard stage == .gated || stage == .planned else { throw wrongStage("forward") }
       guard count == 0 || output != nil else {
@@ -245,6 +246,7 @@ package final class Pass: TeamWork {
     }
     self.gradOutput = gradOutput
     self.gradTokens = gradTokens
+    results = store.isDirect ? gradTokens : store.rows
     wasReady = .now
     lookAround(try group.agree(.backward, own, same: same(), words: addresses))
     recordMeeting(.meetBackward)
@@ -273,6 +275,8 @@ package final class Pass: TeamWork {
   }
 
   private var output: UnsafeMutablePointer<Float>?
+  /// Where what the experts make of this worker's rows goes.
+  private(set) var results: UnsafeMutablePointer<Float>?
   var gradOutput: UnsafePointer<Float>?
   private var writesGradients = false
   private var gradTokens: UnsafeMutablePointer<Float>?
@@ -293,8 +297,8 @@ package final class Pass: TeamWork {
     let layer = layer!
     let context = PassContext(
       thread: thread, team: team, layer: layer, store: store, inbox: inbox, journey: journey,
-      workspace: workspace, desk: workspace.desk(thread), lane: recording.lane(thread), tokens: tokens, count: count,
-      firstToken: firstToken, writesGradients: writesGradients,
+      workspace: workspace, desk: workspace.desk(thread), lane: recording.lane(thread), tokens: tokens,
+      results: results, count: count, firstToken: firstToken, writesGradients: writesGradients,
       noise: isTraining && layer.rule.isNoisy ? random : nil, jitter: jitter)
     let start = Seconds.now
     switch job {
@@ -362,6 +366,8 @@ struct PassContext {
   let lane: Recording.Lane
   /// [n, d]; nil only where n is 0.
   let tokens: UnsafePointer<Float>!
+  /// As the pass'.
+  let results: UnsafeMutablePointer<Float>!
   let count: Int
   let firstToken: Int
   /// Whether an expert's first block writes its gradients instead of adding to them.

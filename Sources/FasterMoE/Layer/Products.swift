@@ -33,19 +33,22 @@ extension PassContext {
 
   // MARK: Rows of tokens
 
-  /// Writes a tile of `product` as rows of width d where they go, plus a bias or another tile.
+  /// Writes a tile of `product` as rows of width d where they go, plus a bias or another tile; each times its token's
+  /// weight if `weighted`.
   @inline(__always)
   func storeRows(
     _ tile: UnsafeMutablePointer<Float>, _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
-    adding second: UnsafeMutablePointer<Float>?
+    adding second: UnsafeMutablePointer<Float>?, weighted: Bool
   ) {
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
       let width = min(16, shape.model - half)
       let added = bias?.vector(at: half, first: width) ?? .zero
       for i in 0..<high {
         let at = i * Strip.width + half - column
-        let sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
-        resultRow(first + i).store(sum, at: half, first: width)
+        var sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
+        let (source, row) = source(first + i)
+        if weighted { sum = sum.times(Vector(repeating: source.weight(row)), plus: Vector.zero) }
+        source.result(row).store(sum, at: half, first: width)
       }
     }
   }
@@ -57,6 +60,16 @@ extension PassContext {
     for i in 0..<high { Prefetch.write(resultRow(first + i) + column, stride: 0, rows: 1, columns: width) }
   }
 
+  /// Zeroes what no expert has written: all that is left to do where results go directly to their tokens.
+  func clearDropped(_ output: UnsafeMutablePointer<Float>) {
+    let piece = 4096
+    while case let first = team.take() * piece, first < count {
+      for token in first..<min(first + piece, count) where store.routing.rows[token] < 0 {
+        (output + token * shape.model).update(repeating: 0, count: shape.model)
+      }
+    }
+  }
+
   /// Σ_j of a token's rows in [R, d], in the order of its choices, each times its weight if `weighted`; 16 columns.
   @inline(__always)
   func sumOfRows(_ token: Int, _ column: Int, _ width: Int, weighted: Bool) -> Vector {
@@ -64,7 +77,7 @@ extension PassContext {
     for slot in token * shape.choices..<(token + 1) * shape.choices {
       let row = Int(store.routing.rows[slot])
       guard row >= 0 else { continue }
-      let values = store.rows.vector(at: row * shape.model + column, first: width)
+      let values = results.vector(at: (store.isDirect ? slot : row) * shape.model + column, first: width)
       if weighted { sum.addProduct(values, Vector(repeating: store.routing.weights[slot])) } else { sum += values }
     }
     return sum
@@ -74,8 +87,8 @@ extension PassContext {
   @inline(__always)
   func prefetchRows(_ token: Int, _ column: Int, _ columns: Int) {
     for slot in token * shape.choices..<(token + 1) * shape.choices {
-      let row = Int(store.routing.rows[slot])
-      if row >= 0 { Prefetch.read(store.rows + column, stride: shape.model, rows: row..<row + 1, columns: columns) }
+      let row = store.isDirect ? slot : Int(store.routing.rows[slot])
+      if row >= 0 { Prefetch.read(results + column, stride: shape.model, rows: row..<row + 1, columns: columns) }
     }
   }
 

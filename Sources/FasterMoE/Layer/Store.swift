@@ -6,8 +6,10 @@ struct Store {
   /// [W, E]
   let traffic: Traffic
   let moves: Moves
-  /// [R, d] row-major: expert outputs, then gradients of expert inputs.
+  /// [R, d] row-major: expert outputs, then gradients of expert inputs; none where the pass is direct.
   let rows: UnsafeMutablePointer<Float>
+  /// With one choice, and no transport between, experts write what they make of a token into the caller's arrays.
+  let isDirect: Bool
   /// [n, k]
   let gradWeights: UnsafeMutablePointer<Float>
   /// Sums over tokens of each gate task: probabilities, or importance and load, [tasks, 2, E padded], and squared
@@ -38,7 +40,8 @@ struct Store {
     logits = Panels(arena.take(n * Panels.padded(layer.columns)), width: layer.columns)
     traffic = Traffic(arena: &arena, workers: workers, experts: shape.experts)
     moves = Moves(arena: &arena, traffic)
-    rows = arena.take(slots * shape.model)
+    isDirect = shape.choices == 1 && (workers == 1 || layer.group.peers.shareMemory)
+    rows = arena.take(isDirect ? 0 : slots * shape.model)
     gradWeights = arena.take(slots)
     taskSums = arena.take(tasks * 2 * experts)
     squareSums = arena.take(tasks)
