@@ -264,7 +264,8 @@ fmoe_status fmoe_layer_load(fmoe_layer *layer, const char *path);
 
 /* ---- one step: gate, plan, forward, backward, in this order, each once ---------------------
  * Plan and backward may be left out.  Several passes of one layer may be under way.  Backward adds to the layer's
- * gradients, those of the balance and z losses included.  Outputs must not overlap tokens. */
+ * gradients, those of the balance and z losses included.  Outputs must not overlap tokens, nor grad_tokens them;
+ * grad_tokens may be grad_output itself, but must not overlap it otherwise, nor what another rank gave. */
 typedef struct fmoe_routing {             /* borrowed until the pass is destroyed */
   uint32_t struct_size;
   int32_t top_k;

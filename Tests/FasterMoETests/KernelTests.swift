@@ -103,7 +103,7 @@ struct Numbers {
             for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
               Tiles.outer(
                 left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, times: 1,
-                WritingSink.self, to: tile, stride: blocks * 16)
+                DeskSink.self, to: tile, stride: blocks * 16)
               for i in 0..<min(Tiles.outerRows(at: column), leftWidth - column) {
                 for c in 0..<min(blocks * 16, rightWidth - block * 16) {
                   let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }
@@ -179,17 +179,21 @@ struct Numbers {
       defer { withExtendedLifetime((left, right)) {} }
       for writes in [false, true] {
         let before = numbers.array(leftWidth * rightWidth)
-        func gradient(byRows: Bool) -> [Float] {
-          var gradient = before
-          gradient.withUnsafeMutableBufferPointer {
-            Outer.add(
-              left.panels, range, right.panels, rows: rows, times: 0.5, to: $0.baseAddress!, stride: rightWidth,
-              writes: writes, byRows: byRows, on: memory.desk)
-          }
-          return gradient
+        // Whole lines of memory are written past the caches, others are not.
+        func gradient(byRows: Bool, shift: Int) -> [Float] {
+          let gradient = UnsafeMutableRawPointer.allocate(byteCount: 4 * (before.count + 16), alignment: 64)
+          defer { gradient.deallocate() }
+          let values = gradient.assumingMemoryBound(to: Float.self) + shift
+          values.update(from: before, count: before.count)
+          Outer.add(
+            left.panels, range, right.panels, rows: rows, times: 0.5, to: values, stride: rightWidth, writes: writes,
+            byRows: byRows, on: memory.desk)
+          return Array(UnsafeBufferPointer(start: values, count: before.count))
         }
-        let sums = gradient(byRows: false)
-        #expect(sums.map(\.bitPattern) == gradient(byRows: true).map(\.bitPattern))
+        let sums = gradient(byRows: false, shift: 0)
+        for (byRows, shift) in [(true, 0), (false, 4), (true, 4)] {
+          #expect(sums.map(\.bitPattern) == gradient(byRows: byRows, shift: shift).map(\.bitPattern))
+        }
         for row in 0..<leftWidth {
           for column in 0..<rightWidth {
             let at = row * rightWidth + column

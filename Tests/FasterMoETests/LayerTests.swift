@@ -19,16 +19,18 @@ private struct Outcome: Equatable {
 
   private static func run(
     threads: Int, choices k: Int = 2, activation: Activation = .gelu, gate: any Gate = TopKGate(),
-    order: [Int] = Array(0..<n), n: Int = n
+    order: [Int] = Array(0..<n), n: Int = n, inPlace: Bool = false
   ) throws -> Outcome {
     let shape = try Shape(model: d, hidden: h, experts: experts, choices: k, activation: activation)
     let layer = try Layer.together(group(threads: threads)) {
       Layer.Options(shape, gate: gate, losses: RouterLosses(balance: 0.1, z: 0.01), seed: 7)
     }
-    return try run(layer, order: order, n: n)
+    return try run(layer, order: order, n: n, inPlace: inPlace)
   }
 
-  private static func run(_ layer: Layer, order: [Int] = Array(0..<n), n: Int = n) throws -> Outcome {
+  private static func run(
+    _ layer: Layer, order: [Int] = Array(0..<n), n: Int = n, inPlace: Bool = false
+  ) throws -> Outcome {
     var numbers = Numbers(20)
     let rows = (0..<Self.n).map { _ in (numbers.array(d), numbers.array(d)) }
     let tokens = order.prefix(n).flatMap { rows[$0].0 }
@@ -40,9 +42,11 @@ private struct Outcome: Equatable {
       let pass = try layer.gate(tokens: tokens.baseAddress, count: n)
       choices = Array(UnsafeBufferPointer(start: pass.routing.choices, count: n * layer.shape.choices))
       try output.withUnsafeMutableBufferPointer { try pass.forward($0.baseAddress) }
+      if inPlace { gradTokens = gradOutput }
       try gradOutput.withUnsafeBufferPointer { dy in
         try gradTokens.withUnsafeMutableBufferPointer { dx in
-          try pass.backward(dy.baseAddress, gradTokens: dx.baseAddress, gradWeights: nil)
+          try pass.backward(
+            inPlace ? UnsafePointer(dx.baseAddress) : dy.baseAddress, gradTokens: dx.baseAddress, gradWeights: nil)
         }
       }
       pass.end()
@@ -90,7 +94,7 @@ private struct Outcome: Equatable {
     }
   }
 
-  /// Many pre-activations may be kept elsewhere than few: halves of a batch give the bits of the whole.
+  /// Many pre-activations may be written past the caches, few are not: halves of a batch give the bits of the whole.
   @Test(arguments: [Activation.gelu, .swiglu]) func halvesOfALargeBatchGiveItsBits(activation: Activation) throws {
     let (n, d, h) = (600, 8, 1024)
     var numbers = Numbers(23)
@@ -117,6 +121,14 @@ private struct Outcome: Equatable {
     let (whole, first, second) = (try outcome(0..<n), try outcome(0..<n / 2), try outcome(n / 2..<n))
     #expect(whole.output.map(\.bitPattern) == (first.output + second.output).map(\.bitPattern))
     #expect(whole.gradTokens.map(\.bitPattern) == (first.gradTokens + second.gradTokens).map(\.bitPattern))
+  }
+
+  /// grad_tokens may stand where grad_output does.
+  @Test(arguments: [1, 2]) func gradientsMayTakeThePlaceOfOthers(k: Int) throws {
+    for threads in [1, 3] {
+      let apart = try Self.run(threads: threads, choices: k)
+      #expect(try Self.run(threads: threads, choices: k, inPlace: true) == apart)
+    }
   }
 
   @Test func everyGateGivesTheSameBitsForAnyThreads() throws {

@@ -6,7 +6,8 @@ import CHints
 package enum Choices {
   /// Most rows that a table speaks of; for more, the matrix is packed.
   package static let mostRows = 128
-  /// Intel's processors and AMD's have tables of their own.
+  /// Intel's processors and AMD's have tables of their own. Kernels ask in their loops, and this is one load; a stored
+  /// constant would be looked after by the runtime.
   package static var isIntel: Bool { hint_is_intel() != 0 }
 
   /// What was found with matrices of `weights` floats on some threads. Bit r - 1 is for r rows.

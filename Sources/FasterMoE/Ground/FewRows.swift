@@ -22,7 +22,8 @@ package enum FewRows {
     private var left: Int
     private let jump: Int
 
-    /// `rows` rows of `depth` weights are under way at `weights`; `isFirst` if nobody has read them yet.
+    /// `rows` rows of `depth` weights are under way at `weights`; `isFirst` if nobody has read them yet: the next 16 are
+    /// asked for only then.
     @inline(__always)
     init(_ weights: UnsafePointer<Float>, rows: Int, depth: Int, isFirst: Bool) {
       if Choices.isIntel {
@@ -35,7 +36,7 @@ package enum FewRows {
       }
     }
 
-    /// Asks for a line of each of `rows` rows.
+    /// Asks for a line of each of the rows; said once more, since the loop unrolls only where their number is a constant.
     @inline(__always)
     mutating func ask(_ rows: Int) {
       if left == 0 { next += jump }
@@ -82,7 +83,7 @@ package enum FewRows {
 
   /// tile [rows, 32 apart] = left [rows, depth] · weights [16, depth]ᵀ; `scratch` as `prepare` left it.
   ///
-  /// Asks for the next 16 rows of weights meanwhile.
+  /// Asks for weights that come later meanwhile.
   package static func product(
     _ left: Panels, rows: Int, weights: UnsafePointer<Float>, depth: Int, scratch: UnsafeMutablePointer<Float>,
     into tile: UnsafeMutablePointer<Float>
@@ -156,7 +157,7 @@ package enum FewRows {
 extension FewRows {
   /// So many rows of the matrix at a time are walked from end to end: as many lines as the second cache holds of rows that
   /// are a power of two apart, twice, since the next ones are on their way. That of processors without AVX-512 is half as
-  /// large.
+  /// large. Intel's, which ask for three lines ahead, were as fast or faster with 64 as with 16 and 32.
   #if WIDE_VECTORS
     package static let depthAtOnce = 64
   #else

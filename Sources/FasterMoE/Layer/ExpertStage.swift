@@ -34,7 +34,9 @@ extension PassContext {
         if stage == 1 { wait(for: inbox.rowTasksDone + index, cut.parts, &ready) }
         let rows = 0..<Int(block.rows)
         if stage == 0 {
-          makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .experts, &ready) { inward(block, rows, $0) }
+          makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .experts, &ready) {
+            inward(block, rows, $0, writesPast: false)
+          }
         } else {
           makeColumns(index, cut.columns(shape.model, part), rows: part == 0 ? rows.count : 0, .experts, &ready) {
             outward(block, rows, $0, again: true)
@@ -42,7 +44,7 @@ extension PassContext {
         }
       } else if stage == 0 {
         makeRows(index, cut.rows(block, part), .experts, &ready) {
-          inward(block, $0, 0..<shape.hidden)
+          inward(block, $0, 0..<shape.hidden, writesPast: inbox.innerIsFar)
           outward(block, $0, 0..<shape.model, again: false)
         }
       }
@@ -50,7 +52,7 @@ extension PassContext {
     }
   }
 
-  /// y_i = Σ_j s_ij · expert_ij(x_i).
+  /// y_i = Σ_j s_ij · expert_ij(x_i), where experts have not written it already.
   func combine(into output: UnsafeMutablePointer<Float>) {
     if store.isDirect { return clearDropped(output) }
     forEachToken { token in
@@ -61,8 +63,8 @@ extension PassContext {
     }
   }
 
-  /// Some hidden units of some rows of a block.
-  private func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>) {
+  /// Some hidden units of some rows of a block, whose pre-activations may be written past the caches.
+  private func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>, writesPast: Bool) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = values(block)
     let slot = workspace.slot(thread, row: Int(block.row))
@@ -72,10 +74,11 @@ extension PassContext {
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
     Product.forEachTile(
       rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
-      ahead: { column, row, high in askForUnits(column, high, first, row, slot, changing: false) }
+      ahead: { column, row, high in askForUnits(column, high, first, row, slot, inner: !writesPast) }
     ) {
       column, row, high, tile, linearTile in
-      let place = hiddenTile(tile, linearTile, column, high, first, row, slot)
+      var place = hiddenTile(tile, linearTile, column, high, first, row, slot)
+      place.writesPast = writesPast
       switch shape.activation {
       case .gelu: place.activate(Gelu.self, bias: expert.inwardBias!, h)
       case .geluTanh: place.activate(GeluTanh.self, bias: expert.inwardBias!, h)
@@ -84,7 +87,7 @@ extension PassContext {
       case .swiglu: place.activateGated()
       }
     }
-    if inbox.innerIsFar { hint_written_past() }
+    if writesPast { hint_written_past() }
   }
 
   /// Some columns of the outputs of some rows of a block; hidden units are made `again` where other threads made some.
@@ -210,7 +213,7 @@ extension PassContext {
     inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
   }
 
-  /// grad_tokens of a pass that the caller routed.
+  /// grad_tokens of a pass that the caller routed, where experts have not written them already.
   func combineGrads(into gradTokens: UnsafeMutablePointer<Float>) {
     if store.isDirect { return clearDropped(gradTokens) }
     forEachToken { token in
@@ -263,7 +266,7 @@ extension PassContext {
     Product.forEachTile(
       rows.count, in: units, by: backwardKernel(rows, outward), outward,
       ahead: { column, row, high in
-        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, changing: true)
+        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, inner: true)
       }
     ) {
       column, row, high, tile, _ in
@@ -275,11 +278,11 @@ extension PassContext {
   /// Asks for what a tile of hidden units will touch.
   @inline(__always)
   private func askForUnits(
-    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, changing: Bool
+    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, inner: Bool
   ) {
     let tile = desk.first.tile
     hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(
-      isGated: shape.activation.isGated, changing: changing)
+      isGated: shape.activation.isGated, inner: inner)
   }
 
   @inline(__always)
@@ -289,8 +292,7 @@ extension PassContext {
   ) -> HiddenTile {
     HiddenTile(
       tile: tile, linearTile: linearTile, column: column, high: high, inner: inbox.inner.panel(first + row),
-      innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks,
-      writesPast: inbox.innerIsFar)
+      innerLinear: inbox.innerLinear.panel(first + row), hidden: slot.hidden.panel(row), blocks: slot.hidden.blocks)
   }
 
   private func deactivate(_ place: HiddenTile, _ scales: UnsafePointer<Float>, _ row: Int) {

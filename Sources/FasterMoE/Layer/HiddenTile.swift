@@ -11,7 +11,7 @@ struct HiddenTile {
   let hidden: UnsafeMutablePointer<Float>
   let blocks: Int
   /// Whether pre-activations are written past the caches.
-  let writesPast: Bool
+  var writesPast = false
   /// Of the panel; nil for all.
   var rows: Range<Int>?
 
@@ -24,15 +24,15 @@ struct HiddenTile {
     }
   }
 
-  /// Asks for what will be written or changed, before the tile is computed: hidden units come from farther than the second
-  /// cache.
+  /// Asks for what will be written, pre-activations too if `wantsInner`, before the tile is computed: hidden units come from
+  /// farther than the second cache.
   @inline(__always)
-  func askForUnits(isGated: Bool, changing: Bool) {
+  func askForUnits(isGated: Bool, inner wantsInner: Bool) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
         hint_write_soon(hidden + (block &+ i &* 16))
-        guard changing || !writesPast else { continue }
+        guard wantsInner else { continue }
         hint_write_soon(inner + (block &+ i &* 16))
         if isGated { hint_write_soon(innerLinear + (block &+ i &* 16)) }
       }

@@ -8,8 +8,8 @@ struct Inbox {
   let inner: Panels
   /// The linear half of gated experts.
   let innerLinear: Panels
-  /// Whether pre-activations are more than the second cache holds until backward. On Intel's processors they need not
-  /// pass through the caches then; AMD's are nearer to their third one.
+  /// Whether pre-activations are more than 2 MiB, which the second cache of an Emerald Rapids would hold until backward. On
+  /// Intel's processors they need not pass through the caches then; AMD's, not measured, are nearer to their third one.
   let innerIsFar: Bool
   let blocks: UnsafeMutablePointer<Block>
   /// [rounds], [shadows] the blocks of each.
@@ -45,7 +45,8 @@ struct Inbox {
     inner = Panels(arena.take(rows * Panels.padded(shape.hidden)), width: shape.hidden)
     innerLinear = Panels(
       arena.take(shape.activation.isGated ? rows * Panels.padded(shape.hidden) : 0), width: shape.hidden)
-    innerIsFar = Choices.isIntel && rows * Panels.padded(shape.hidden) > 1 << 19
+    innerIsFar =
+      Choices.isIntel && rows * (inner.blocks + (shape.activation.isGated ? inner.blocks : 0)) * 16 > 2 << 20 / 4
     blocks = arena.take(most)
     roundBlocks = arena.take(rounds.count)
     shadowBlocks = arena.take(shadows)
@@ -115,7 +116,7 @@ struct Source {
   @inline(__always) func result(_ row: Int) -> UnsafeMutablePointer<Float> {
     rows + (isDirect ? line(row) : row) &* model
   }
-  /// What the row's gradient is still to be multiplied by.
+  /// What the row's gradient is still to be multiplied by, and a direct result.
   @inline(__always) func weight(_ row: Int) -> Float { weights.map { $0[Int(slots![row])] } ?? 1 }
   @inline(__always) func setGradWeight(_ row: Int, _ value: Float) { gradWeights?[Int(slots![row])] = value }
 }

@@ -1,7 +1,7 @@
 /// One batch on its trip through one layer: gate, plan, forward, backward, each once and in this order.
 ///
 /// It keeps what backward needs and no more: for this worker's tokens one row of width d for each slot, in the same
-/// place for forward and backward; for the rows that its experts compute their pre-activations. Everything else is
+/// place for forward and backward, unless it is direct; for the rows that its experts compute their pre-activations. Everything else is
 /// computed again from the caller's tokens.
 package final class Pass: TeamWork {
   /// What has been done; the next call must fit.
@@ -366,7 +366,7 @@ struct PassContext {
   let lane: Recording.Lane
   /// [n, d]; nil only where n is 0.
   let tokens: UnsafePointer<Float>!
-  /// As the pass'.
+  /// As the pass'; there from forward on.
   let results: UnsafeMutablePointer<Float>!
   let count: Int
   let firstToken: Int

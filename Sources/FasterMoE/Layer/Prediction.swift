@@ -87,7 +87,7 @@ extension Group {
   }
 }
 
-/// Tokens of one choice each, with room for what becomes of them: whole passes of a layer by `route`.
+/// Tokens with one expert each, with room for what becomes of them: whole passes of a layer by `route`.
 private struct ProbeBatch: ~Copyable {
   private let memory: Region
   private let tokens, output, gradTokens, weights: UnsafeMutablePointer<Float>
@@ -96,12 +96,12 @@ private struct ProbeBatch: ~Copyable {
   /// For `rows` tokens, and no more than `floats` numbers of them.
   init(rows: Int, floats: Int) throws(Failure) {
     memory = try Region(
-      bytes: (3 * floats + 2 * rows) * MemoryLayout<Float>.stride + 5 * 64, for: "measuring the speed of training")
+      bytes: (3 * floats + 4 * rows) * MemoryLayout<Float>.stride + 5 * 64, for: "measuring the speed of training")
     var arena = Arena(over: memory.base)
     (tokens, output, gradTokens) = (arena.take(floats), arena.take(floats), arena.take(floats))
-    (choices, weights) = (arena.take(rows), arena.take(rows))
+    (choices, weights) = (arena.take(2 * rows), arena.take(2 * rows))
     for at in 0..<floats { tokens[at] = Float(at % 1009) / 1009 - 0.5 }
-    weights.update(repeating: 1, count: rows)
+    weights.update(repeating: 1, count: 2 * rows)
   }
 
   /// Takes `count` tokens through the layer, shared out evenly to its first `experts`. `plan` makes the plan; returns what
@@ -109,7 +109,9 @@ private struct ProbeBatch: ~Copyable {
   func pass(
     _ layer: Layer, experts: Int, count: Int, _ plan: (Pass) throws(Failure) -> Void = { _ in }
   ) throws(Failure) -> (forward: Seconds, backward: Seconds) {
-    for token in 0..<count { choices[token] = Int32(token % experts) }
+    let k = layer.shape.choices
+    choices.update(repeating: -1, count: k * count)
+    for token in 0..<count { choices[k * token] = Int32(token % experts) }
     let pass = try layer.route(tokens: tokens, count: count, choices: choices, weights: weights)
     defer { pass.end() }
     try plan(pass)
@@ -123,7 +125,8 @@ private struct ProbeBatch: ~Copyable {
 
 /// Measures how fast a worker trains, with what it will do: whole passes through small layers.
 ///
-/// Two layers have experts of one size but tokens of different widths: so what rows cost besides products shows.
+/// Two layers have experts of one size but tokens of different widths: so what rows cost besides products shows. Tokens have
+/// a second choice, without an expert: with one choice alone rows would cost less here than between workers.
 private final class TrainingProbe {
   private let narrow: Layer
   private let wide: Layer
@@ -139,7 +142,7 @@ private final class TrainingProbe {
     let alone = Group(alone: group)
     func layer(_ model: Int, _ experts: Int) throws(Failure) -> Layer {
       let shape = try Shape(
-        model: model, hidden: TrainingProbe.matrix / model, experts: experts, choices: 1, activation: .geluTanh)
+        model: model, hidden: TrainingProbe.matrix / model, experts: experts, choices: 2, activation: .geluTanh)
       return try Layer.together(alone) { Layer.Options(shape, seed: 1) }
     }
     narrow = try layer(TrainingProbe.narrowModel, TrainingProbe.experts)

@@ -62,7 +62,7 @@ extension PassContext {
 
   /// Zeroes what no expert has written: all that is left to do where results go directly to their tokens.
   func clearDropped(_ output: UnsafeMutablePointer<Float>) {
-    let piece = 4096
+    let piece = 256
     while case let first = team.take() * piece, first < count {
       for token in first..<min(first + piece, count) where store.routing.rows[token] < 0 {
         (output + token * shape.model).update(repeating: 0, count: shape.model)
@@ -70,9 +70,11 @@ extension PassContext {
     }
   }
 
-  /// Σ_j of a token's rows in [R, d], in the order of its choices, each times its weight if `weighted`; 16 columns.
+  /// Σ_j of a token's rows in [R, d], in the order of its choices, each times its weight if `weighted`; 16 columns. Where
+  /// results are direct its only row stands with the token, and has been weighted.
   @inline(__always)
   func sumOfRows(_ token: Int, _ column: Int, _ width: Int, weighted: Bool) -> Vector {
+    assert(!(weighted && store.isDirect))
     var sum = Vector.zero
     for slot in token * shape.choices..<(token + 1) * shape.choices {
       let row = Int(store.routing.rows[slot])
@@ -83,7 +85,7 @@ extension PassContext {
     return sum
   }
 
-  /// Asks for some columns of a token's rows in [R, d], which stand wherever their experts' rows do.
+  /// Asks for some columns of a token's rows in [R, d], which stand wherever their experts' rows do, or with the token.
   @inline(__always)
   func prefetchRows(_ token: Int, _ column: Int, _ columns: Int) {
     for slot in token * shape.choices..<(token + 1) * shape.choices {

@@ -7,7 +7,7 @@ struct Store {
   let traffic: Traffic
   let moves: Moves
   /// [R, d] row-major: expert outputs, then gradients of expert inputs; none where the pass is direct.
-  let rows: UnsafeMutablePointer<Float>
+  let rows: UnsafeMutablePointer<Float>!
   /// With one choice, and no transport between, experts write what they make of a token into the caller's arrays.
   let isDirect: Bool
   /// [n, k]
@@ -41,7 +41,7 @@ struct Store {
     traffic = Traffic(arena: &arena, workers: workers, experts: shape.experts)
     moves = Moves(arena: &arena, traffic)
     isDirect = shape.choices == 1 && (workers == 1 || layer.group.peers.shareMemory)
-    rows = arena.take(isDirect ? 0 : slots * shape.model)
+    rows = isDirect ? nil : arena.take(slots * shape.model)
     gradWeights = arena.take(slots)
     taskSums = arena.take(tasks * 2 * experts)
     squareSums = arena.take(tasks)
