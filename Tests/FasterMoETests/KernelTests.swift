@@ -103,7 +103,7 @@ struct Numbers {
             for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
               Tiles.outer(
                 left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, times: 1,
-                DeskSink.self, to: tile, stride: blocks * 16)
+                .desk, to: tile, stride: blocks * 16)
               for i in 0..<min(Tiles.outerRows(at: column), leftWidth - column) {
                 for c in 0..<min(blocks * 16, rightWidth - block * 16) {
                   let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }

@@ -43,18 +43,18 @@ package enum Outer {
     /// The tile of some columns × some right blocks: straight to its place, or by way of the desk where an edge cuts it.
     func makeTile(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
       prepare(block, blocks, column, columns)
-      func outer<Sink: TileSink>(_: Sink.Type, to: UnsafeMutablePointer<Float>, stride: Int) {
+      func outer(_ sink: Tiles.Sink, to: UnsafeMutablePointer<Float>, stride: Int) {
         Tiles.outer(
-          left, from: column, right, block: block, blocks: blocks, rows: rows, times: share, Sink.self, to: to,
+          left, from: column, right, block: block, blocks: blocks, rows: rows, times: share, sink, to: to,
           stride: stride)
       }
       let isUncut = columns == Tiles.outerRows(at: column) && (block + blocks) * 16 <= right.width
       if isUncut, streams {
-        outer(StreamingSink.self, to: place(column, block), stride: stride)
+        outer(.streaming, to: place(column, block), stride: stride)
       } else if isUncut, !writes {
-        outer(AddingSink.self, to: place(column, block), stride: stride)
+        outer(.adding, to: place(column, block), stride: stride)
       } else {
-        outer(DeskSink.self, to: desk.tile, stride: blocks * 16)
+        outer(.desk, to: desk.tile, stride: blocks * 16)
         finish(desk.tile, block, blocks, column, columns)
       }
     }

@@ -74,56 +74,74 @@ package enum Tiles {
   /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
   @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }
 
-  /// share · Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks], put by a `Sink` where rows of
-  /// `stride` floats begin at `place`.
+  /// How a tile of `outer` is put in its place.
+  enum Sink {
+    /// Times a share, added to what stands there.
+    case adding
+    /// Times a share, past the caches; each vector is a line of memory.
+    case streaming
+    /// As it is, for whoever knows what of it has a place.
+    case desk
+  }
+
+  /// Σ over `rows` of left[row, from..<from + outerRows(at: from)]ᵀ · right[row, blocks], put by `sink` where rows of `stride`
+  /// floats begin at `place`.
   ///
   /// Both factors are panels of the same rows; `from` is a column of `left` where a tile begins, `block` one of
   /// `right`'s blocks, of which `blocks` (1...outerBlocks) are taken.
   @inline(__always)
-  static func outer<Sink: TileSink>(
+  static func outer(
     _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int, times share: Float,
-    _: Sink.Type,
-    to place: UnsafeMutablePointer<Float>, stride: Int
+    _ sink: Sink, to place: UnsafeMutablePointer<Float>, stride: Int
+  ) {
+    // Sinks are types, since a choice among stores within a tile costs it its registers.
+    switch sink {
+    case .adding: outer(AddingSink.self, left, column, right, block, blocks, rows, share, place, stride)
+    case .streaming: outer(StreamingSink.self, left, column, right, block, blocks, rows, share, place, stride)
+    case .desk: outer(DeskSink.self, left, column, right, block, blocks, rows, share, place, stride)
+    }
+  }
+
+  @inline(__always)
+  private static func outer<S: TileSink>(
+    _: S.Type, _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ blocks: Int, _ rows: Int,
+    _ share: Float, _ place: UnsafeMutablePointer<Float>, _ stride: Int
   ) {
     #if WIDE_VECTORS
       switch blocks {
-      case 3: OuterTile<8, 3, Sink>.run(left, column, right, block, rows, share, place, stride)
-      case 2: OuterTile<8, 2, Sink>.run(left, column, right, block, rows, share, place, stride)
-      default: OuterTile<8, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
+      case 3: OuterTile<8, 3, S>.run(left, column, right, block, rows, share, place, stride)
+      case 2: OuterTile<8, 2, S>.run(left, column, right, block, rows, share, place, stride)
+      default: OuterTile<8, 1, S>.run(left, column, right, block, rows, share, place, stride)
       }
     #else
       if outerRows(at: column) == 6 {
-        OuterTile<6, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
+        OuterTile<6, 1, S>.run(left, column, right, block, rows, share, place, stride)
       } else {
-        OuterTile<4, 1, Sink>.run(left, column, right, block, rows, share, place, stride)
+        OuterTile<4, 1, S>.run(left, column, right, block, rows, share, place, stride)
       }
     #endif
   }
 }
 
-/// How a tile's sums are put in their place. A type, since a choice among stores costs the tile its registers.
-protocol TileSink {
+private protocol TileSink {
   static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>)
 }
 
-/// Added to what stands there.
-enum AddingSink: TileSink {
+private enum AddingSink: TileSink {
   @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
     to.store(sum.times(share, plus: to.vector()))
   }
 }
 
-/// Kept as it is, for whoever knows what of it has a place.
-enum DeskSink: TileSink {
+private enum StreamingSink: TileSink {
   @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
-    to.store(sum)
+    hint_write_past(to, sum.times(share, plus: Vector.zero))
   }
 }
 
-/// Written past the caches; each vector is a line of memory.
-enum StreamingSink: TileSink {
+private enum DeskSink: TileSink {
   @inline(__always) static func put(_ sum: Vector, times share: Vector, at to: UnsafeMutablePointer<Float>) {
-    hint_write_past(to, sum.times(share, plus: Vector.zero))
+    to.store(sum)
   }
 }
 
