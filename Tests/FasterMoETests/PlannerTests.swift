@@ -136,11 +136,14 @@ private func isPrinted(_ value: Double, _ printed: Double, digits: Int) -> Bool 
     single.fetchesAgain = true
     #expect(buckets.copiesAtOnce == 2 && single.copiesAtOnce == 1 && buckets.fetchesAgain)
     let seconds = [buckets, single].map { volumes in
-      let costs = StepCosts(Groups(workers: size, size: size), volumes)
+      let memory = Scratch()
+      defer { withExtendedLifetime(memory) {} }
+      let costs = StepCosts(Groups(workers: size, size: size), volumes, in: memory)
       let plan = Plan.everyExpert(workers: size, experts: (size + volumes.copiesAtOnce - 1) / volumes.copiesAtOnce)
+      let (forward, backward) = (PlayedSteps(plan.forward, in: memory), PlayedSteps(plan.backward, in: memory))
       return
-        (costs.forward(PlayedSteps(plan.forward), overlaps: true, slowdown: 1)
-        + costs.backward(PlayedSteps(plan.backward), overlaps: true, slowdown: 1)).value
+        (costs.forward(forward, overlaps: true, slowdown: 1, in: memory)
+        + costs.backward(backward, overlaps: true, slowdown: 1, in: memory)).value
     }
     #expect(abs(seconds[0] / seconds[1] - 1) < 3.0 / Double(size) * 2, "\(seconds)")
   }

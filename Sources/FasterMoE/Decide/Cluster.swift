@@ -4,7 +4,7 @@
 /// a worker's position among the leaves in tree order, where neighbours share the nearest links; a **node** is any point
 /// of the tree: the seats 0..<W, then the places, each before its parent, the root last.
 ///
-/// It never changes: `ring`, which is found by walking all the rest, is set at the end of `init`.
+/// It never changes: `ring`, which is found by walking all the rest, is set at the end of `init`, and so are its `tables`.
 package final class Cluster: @unchecked Sendable {
   /// As it was read.
   package let document: Document
@@ -23,7 +23,10 @@ package final class Cluster: @unchecked Sendable {
   /// [W] the peer links that lead away from each seat.
   package let peersFrom: [[Int]]
   /// The ring of all seats: hop i leads from seat i to the next one, the last to the first.
-  package private(set) var ring: Ring
+  @exclusivity(unchecked) package private(set) var ring: Ring
+  /// What planning reads by the thousand.
+  let tables: Tables
+  private let memory = Scratch()
   /// How many times longer computing takes while the worker's messages move; 1: no matter.
   package let slowdown: Double
   /// How many times longer messages take while their workers compute.
@@ -66,6 +69,16 @@ package final class Cluster: @unchecked Sendable {
     package var peers: [Int] = []
   }
 
+  /// The same as the arrays, without their counts of who holds them: these would take a tenth of the time of planning for
+  /// few workers. Held by the cluster.
+  struct Tables {
+    let ranks, seats: UnsafeMutableBufferPointer<Int>
+    let rates: UnsafeMutableBufferPointer<Unmanaged<WorkerRates>>
+    let nodes: UnsafeMutableBufferPointer<Node>
+    /// [nodes] the hop of the ring that each one's links are part of, or -1.
+    let hopsUp, hopsDown: UnsafeMutableBufferPointer<Int>
+  }
+
   /// More would not fit any table of pairs.
   package static let mostWorkers = 16384
 
@@ -88,6 +101,9 @@ package final class Cluster: @unchecked Sendable {
       for seat in layout.nodes[peer.from].seats { leaving[seat].append(link) }
     }
     peersFrom = leaving
+    tables = Tables(
+      ranks: memory.copy(ranks), seats: memory.copy(seats), rates: memory.copy(rates.map(Unmanaged.passUnretained)),
+      nodes: memory.copy(nodes), hopsUp: memory.take(nodes.count), hopsDown: memory.take(nodes.count))
     ring = Ring(
       up: Array(repeating: -1, count: nodes.count), down: Array(repeating: -1, count: nodes.count),
       peers: Array(repeating: -1, count: peers.count))
@@ -106,6 +122,7 @@ package final class Cluster: @unchecked Sendable {
     for (hop, cost) in ring.costs.enumerated() where hop != ring.slowest {
       ring.slownessOfOthers = max(ring.slownessOfOthers, cost.slowness)
     }
+    _ = (tables.hopsUp.initialize(from: ring.up), tables.hopsDown.initialize(from: ring.down))
     self.ring = ring
   }
 

@@ -7,7 +7,7 @@ package final class Demand {
   package let rows: UnsafeMutableBufferPointer<Int>
   /// [W] the rank at each seat, and the seat of each rank.
   let ranks, seats: UnsafeMutableBufferPointer<Int>
-  /// [W] by seat, held by the cluster: counting who holds them would take a tenth of the time of planning for few workers.
+  /// [W] by seat.
   private let rates: UnsafeMutableBufferPointer<Unmanaged<WorkerRates>>
   /// [nodes] of the cluster, and the hop of its ring that each one's links are part of.
   let nodes: UnsafeMutableBufferPointer<Cluster.Node>
@@ -58,9 +58,9 @@ package final class Demand {
   package init(_ traffic: Traffic, _ shape: Shape, on cluster: Cluster) {
     (self.traffic, self.shape, self.cluster) = (traffic, shape, cluster)
     let (workers, experts) = (traffic.workers, traffic.experts)
-    (ranks, seats, nodes) = (memory.copy(cluster.ranks), memory.copy(cluster.seats), memory.copy(cluster.nodes))
-    rates = memory.copy(cluster.rates.lazy.map { Unmanaged.passUnretained($0) })
-    (hopsUp, hopsDown) = (memory.copy(cluster.ring.up), memory.copy(cluster.ring.down))
+    let tables = cluster.tables
+    (ranks, seats, rates, nodes) = (tables.ranks, tables.seats, tables.rates, tables.nodes)
+    (hopsUp, hopsDown) = (tables.hopsUp, tables.hopsDown)
     rows = memory.take(experts, of: 0)
     for source in 0..<workers {
       let counts = traffic.counts + source * experts
@@ -77,7 +77,7 @@ package final class Demand {
       }
     }
     let each = experts / workers
-    guard each > 1 || (0..<workers).contains(where: { cluster.ranks[$0] != $0 }) else {
+    guard each > 1 || tables.ranks.indices.contains(where: { tables.ranks[$0] != $0 }) else {
       sums = nil
       return
     }
@@ -189,8 +189,8 @@ package final class Demand {
       runs += 1
     }
     starts[runs] = workers
-    let rows = memory.take(groups.count * experts, of: 0)
-    for source in 0..<workers {
+    let rows = groups.count == 1 ? self.rows : memory.take(groups.count * experts, of: 0)
+    for source in 0..<workers where groups.count > 1 {
       for run in 0..<runs {
         let (first, end) = (starts[run] * each, starts[run + 1] * each)
         let round = groups.round(from: groupOf[source], to: groupOf[starts[run]])

@@ -26,12 +26,14 @@ package struct Forecast {
   package init(_ plan: Plan, _ traffic: Traffic, _ shape: Shape, on cluster: Cluster, of rank: Int) {
     let volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.fetchesAgain
-    let costs = StepCosts(plan.groups, volumes)
+    let memory = Scratch()
+    defer { withExtendedLifetime(memory) {} }
+    let costs = StepCosts(plan.groups, volumes, in: memory)
     let seat = cluster.seats[rank]
     let volume = StepVolumes(plan, volumes, rank: rank, seat: seat)
 
     func span(_ seconds: Range<Double>) -> Range<Seconds> { Seconds(seconds.lowerBound)..<Seconds(seconds.upperBound) }
-    func trip(_ steps: [Step], _ seconds: Seconds) -> Trip {
+    func trip(_ steps: [Step], _ least: (PlayedSteps, Bool, Double, Scratch) -> Seconds) -> Trip {
       let timeline = Timeline(steps, costs, overlaps: plan.overlaps, slowdown: cluster.slowdown)
       return Trip(
         steps: steps.enumerated().map { index, step in
@@ -41,12 +43,10 @@ package struct Forecast {
               action: step.action,
               computes: step.action.communicates ? span(0..<0) : span(timeline.starts[place]..<timeline.ends[place]),
               sends: span(timeline.sent[place]), receives: span(timeline.received[place])))
-        }, seconds: seconds)
+        }, seconds: least(PlayedSteps(steps, in: memory), plan.overlaps, cluster.slowdown, memory))
     }
-    forward = trip(
-      plan.forward, costs.forward(PlayedSteps(plan.forward), overlaps: plan.overlaps, slowdown: cluster.slowdown))
-    backward = trip(
-      plan.backward, costs.backward(PlayedSteps(plan.backward), overlaps: plan.overlaps, slowdown: cluster.slowdown))
+    forward = trip(plan.forward, costs.forward)
+    backward = trip(plan.backward, costs.backward)
   }
 }
 

@@ -85,13 +85,16 @@ package struct Planner {
   private struct Choice {
     var groups: Groups
     var shadows: [Int]
-    /// Of each direction; nil for the coarse plan.
-    var orders: (forward: Order, backward: Order)?
+    /// nil for the coarse plan.
+    var trips: (forward: Trip, backward: Trip)?
     var seconds: Seconds
 
+    /// The best order of a direction among those that were played.
+    typealias Trip = (order: Order, seconds: Seconds)
+
     var plan: Plan {
-      guard let orders else { return .coarse(workers: groups.workers, shadows: shadows) }
-      return .pairwise(groups, shadows: shadows, forward: orders.forward, backward: orders.backward)
+      guard let trips else { return .coarse(workers: groups.workers, shadows: shadows) }
+      return .pairwise(groups, shadows: shadows, forward: trips.forward.order, backward: trips.backward.order)
     }
   }
 
@@ -172,7 +175,7 @@ package struct Planner {
     let groups = Groups(workers: cluster.workers, size: cluster.workers)
     let lists = Steps.coarse(groups, shadows: volumes.shadows.count, fetchesAgain: false, in: memory)
     return Choice(
-      groups: groups, shadows: volumes.shadows, orders: nil,
+      groups: groups, shadows: volumes.shadows, trips: nil,
       seconds: seconds(lists, StepCosts(groups, volumes, in: memory), overlaps: false))
   }
 
@@ -193,8 +196,8 @@ package struct Planner {
     -> Seconds
   {
     let (forward, backward) = (PlayedSteps(lists.forward, in: memory), PlayedSteps(lists.backward, in: memory))
-    return costs.forward(forward, overlaps: overlaps, slowdown: cluster.slowdown)
-      + costs.backward(backward, overlaps: overlaps, slowdown: cluster.slowdown)
+    return costs.forward(forward, overlaps: overlaps, slowdown: cluster.slowdown, in: memory)
+      + costs.backward(backward, overlaps: overlaps, slowdown: cluster.slowdown, in: memory)
   }
 
   private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
@@ -225,7 +228,7 @@ package struct Planner {
           choose(pairwise(size, volumes, below: chosen?.seconds))
           done.append(size)
         }
-        if let chosen, chosen.orders != nil { best = chosen.groups.size }
+        if let chosen, chosen.trips != nil { best = chosen.groups.size }
       }
       tried.insert(
         (set, volumes, done, first.seconds), at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
@@ -236,7 +239,9 @@ package struct Planner {
       }
     }
     // Where messages slow down much beside computing.
-    if request.schedule == .best, let first = tried.first { choose(coarse(first.volumes)) }
+    if request.schedule == .best, let first = tried.first?.volumes, first.leastSerial < chosen!.seconds {
+      choose(coarse(first))
+    }
     return chosen!
   }
 
@@ -275,7 +280,7 @@ package struct Planner {
     let groups = Groups(workers: cluster.workers, size: size)
     plays -= playsOfCosts(groups)
     if !paidSizes.contains(size) { paidSizes.append(size) }
-    return pairwise(groups, volumes, Planner.orders(volumes.shadows.isEmpty), below: limit)
+    return pairwise(groups, volumes, Planner.orders(volumes.shadows.isEmpty), nil, below: limit)
   }
 
   /// Whether groups of `size` take no more than one part in `parts` of the plays that are left.
@@ -293,44 +298,44 @@ package struct Planner {
     Planner.playsEach / 2 + cluster.workers * 3 * (groups.count + shadows)
   }
 
-  /// The best of `orders`, of each direction for itself: they follow one another. What cannot be below `limit` is not played
-  /// to its end, and said to take what it takes at least.
-  private mutating func pairwise(_ groups: Groups, _ volumes: Volumes, _ orders: [Order], below limit: Seconds?)
-    -> Choice
-  {
+  /// The best of `orders` and of what is `known`, of each direction for itself: they follow one another. What cannot be below
+  /// `limit` is not played to its end, and said to take what it takes at least.
+  private mutating func pairwise(
+    _ groups: Groups, _ volumes: Volumes, _ orders: [Order], _ known: (forward: Choice.Trip, backward: Choice.Trip)?,
+    below limit: Seconds?
+  ) -> Choice {
     let mark = memory.mark
     defer { memory.release(to: mark) }
     let (costs, shadows, slowdown) = (StepCosts(groups, volumes, in: memory), volumes.shadows.count, cluster.slowdown)
     let each = playsOfTrip(groups, shadows)
-    let forward = least(orders, volumes.leastForward, each) {
+    let forward = least(orders, known?.forward, volumes.leastForward, each) {
       let steps = PlayedSteps(Steps.forward(groups, shadows: shadows, $0, in: $1), in: $1)
-      return costs.forward(steps, overlaps: true, slowdown: slowdown)
+      return costs.forward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }
+    let atLeast: Choice.Trip = (Order(), volumes.leastBackward)
     var choice = Choice(
-      groups: groups, shadows: volumes.shadows, orders: (forward.order, Order()),
-      seconds: forward.seconds + volumes.leastBackward)
+      groups: groups, shadows: volumes.shadows, trips: (forward, atLeast), seconds: forward.seconds + atLeast.seconds)
     if let limit, choice.seconds >= limit { return choice }
-    let backward = least(orders, volumes.leastBackward, each) {
+    let backward = least(orders, known?.backward, volumes.leastBackward, each) {
       let steps = PlayedSteps(Steps.backward(groups, shadows: shadows, $0, in: $1), in: $1)
-      return costs.backward(steps, overlaps: true, slowdown: slowdown)
+      return costs.backward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }
-    choice.orders!.backward = backward.order
+    choice.trips = (forward, backward)
     choice.seconds = forward.seconds + backward.seconds
     return choice
   }
 
   /// Until one takes no more than `bound`, as none takes less; each some `plays`.
-  private mutating func least(_ orders: [Order], _ bound: Seconds, _ each: Int, _ seconds: (Order, Scratch) -> Seconds)
-    -> (order: Order, seconds: Seconds)
-  {
-    var least = (order: orders[0], seconds: Seconds(.infinity))
-    for order in orders {
+  private mutating func least(
+    _ orders: [Order], _ known: Choice.Trip?, _ bound: Seconds, _ each: Int, _ seconds: (Order, Scratch) -> Seconds
+  ) -> Choice.Trip {
+    var least = known ?? (orders[0], Seconds(.infinity))
+    for order in orders where least.seconds.value > bound.value * Planner.same {
       let mark = memory.mark
       let other = seconds(order, memory)
       memory.release(to: mark)
       plays -= each
       if other < least.seconds { least = (order, other) }
-      if least.seconds.value <= bound.value * Planner.same { break }
     }
     return least
   }
@@ -341,18 +346,23 @@ package struct Planner {
   private static func orders(_ isWithoutShadows: Bool) -> [Order] { isWithoutShadows ? plainOrders : shadowOrders }
   private static let plainOrders = [Order()]
   private static let shadowOrders = Order.Shadows.allCases.map { Order(shadows: $0) }
+  /// All others.
+  private static func otherOrders(_ isWithoutShadows: Bool) -> [Order] {
+    isWithoutShadows ? otherPlainOrders : otherShadowOrders
+  }
+  private static let otherPlainOrders = Order.all(withoutShadows: true).filter { !plainOrders.contains($0) }
+  private static let otherShadowOrders = Order.all(withoutShadows: false).filter { !shadowOrders.contains($0) }
 
-  /// All orders of what is chosen.
+  /// All other orders of what is chosen.
   private mutating func refine(_ chosen: inout Choice, _ volumes: Volumes) {
     guard chosen.groups.count > 1 else { return }
-    let orders = Order.all(withoutShadows: chosen.shadows.isEmpty)
-    let other = pairwise(chosen.groups, volumes, orders, below: chosen.seconds)
+    let orders = Planner.otherOrders(chosen.shadows.isEmpty)
+    let other = pairwise(chosen.groups, volumes, orders, chosen.trips, below: chosen.seconds)
     if other.seconds < chosen.seconds { chosen = other }
   }
   private func playsOfRefining(_ chosen: Choice) -> Int {
     guard chosen.groups.count > 1 else { return 0 }
-    let orders = Order.all(withoutShadows: chosen.shadows.isEmpty).count
-    return 2 * orders * playsOfTrip(chosen.groups, chosen.shadows.count)
+    return 2 * Planner.otherOrders(chosen.shadows.isEmpty).count * playsOfTrip(chosen.groups, chosen.shadows.count)
   }
 
   /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small that

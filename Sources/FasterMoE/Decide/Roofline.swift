@@ -214,11 +214,15 @@ package final class Volumes {
     for seat in 0..<demand.traffic.workers { most = max(most, busy.rows[seat] + busy.weights[seat]) }
     return Seconds(most)
   }
-  private var communicating: Seconds {
+  private var communicating: Seconds { moving + copying }
+  /// Rows alone.
+  private var moving: Seconds {
     let there = longest { there, _, _ in there }.seconds
     let back = longest { _, back, _ in back }.seconds
-    return (there + back) * 2 + copying
+    return (there + back) * 2
   }
+  /// No coarse plan is faster.
+  package var leastSerial: Seconds { computing + moving + leastCopying }
 
   /// No schedule is faster than its busiest worker, its busiest link, which carries rows there and back, and its copies.
   package var leastForward: Seconds { max(busiestForward, linkForward, inSeries(fetching)) }

@@ -16,7 +16,9 @@ package struct Groups: Equatable, Sendable {
   }
 
   package func group(of seat: Int) -> Int { seat / size }
-  package func seats(of group: Int) -> Range<Int> { group * size..<min((group + 1) * size, workers) }
+  @inline(__always) package func seats(of group: Int) -> Range<Int> {
+    Range(uncheckedBounds: (group &* size, min((group &+ 1) &* size, workers)))
+  }
 
   /// Where `group` sends in `round`.
   package func target(of group: Int, round: Int) -> Int { group >= round ? group - round : group - round + count }
@@ -330,13 +332,13 @@ enum Steps {
     let width = communication.count + computation.count
     let list: List = memory.take(width)
     // By action: -2 not in the lanes, -1 not yet in the list, else its place there.
-    let places = memory.take(Action.kinds * width, of: -2)
+    let places = memory.take(Action.kinds * width, of: -2 as Int32)
     for index in 0..<communication.count { places[communication.actions[index].number(width)] = -1 }
     for index in 0..<computation.count { places[computation.actions[index].number(width)] = -1 }
     /// Where the cause stands, -2 if there is none; nil while it is missing.
     func after(_ action: Action) -> Int? {
       guard let cause = cause(of: action), case let place = places[cause.number(width)], place > -2 else { return -2 }
-      return place < 0 ? nil : place
+      return place < 0 ? nil : Int(place)
     }
     var (sent, computed) = (0, 0)
     for next in 0..<width {
@@ -349,7 +351,7 @@ enum Steps {
         (action, cause) = (computation.actions[computed], after(computation.actions[computed])!)
         computed += 1
       }
-      places[action.number(width)] = next
+      places[action.number(width)] = Int32(next)
       // On the same lane it is before this one anyway.
       let isOther = cause >= 0 && list[cause].action.communicates != action.communicates
       list[next] = Step(action: action, after: isOther ? cause : -1)

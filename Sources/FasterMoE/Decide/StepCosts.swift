@@ -2,6 +2,8 @@
 ///
 /// *Communication* takes the time of the slowest link on the way between two groups, each link shared by all that moves in this
 /// step, plus the latency of the way. *Computing* takes each expert's flops at the rate for its rows, and the handling of rows.
+///
+/// Its tables are whose memory they were made in: passing it on costs nothing, and it is played by the thousand.
 package struct StepCosts {
   package let groups: Groups
   /// [rounds, groups] whether the group sends anything, how long that takes, and how long until it has its results.
@@ -19,19 +21,18 @@ package struct StepCosts {
   /// How many times longer messages take where a plan overlaps.
   let stretch: Double
   private let leastForward, leastBackward: Seconds
-  /// Holds all of these.
-  let memory: Scratch
 
   /// What each step of any plan with these groups and shadows costs. O(W² + W·E) for new groups, and O(W·shadows +
-  /// rounds·(E + W + links)). In `memory`, as long as it is not released there.
-  package init(_ groups: Groups, _ volumes: Volumes, in memory: Scratch = Scratch()) {
+  /// rounds·(E + W + links)).
+  package init(_ groups: Groups, _ volumes: Volumes, in memory: Scratch) {
     let demand = volumes.demand
     let workers = demand.traffic.workers
-    (self.groups, self.memory) = (groups, memory)
+    self.groups = groups
     stretch = StepCosts.stretch(volumes)
     (leastForward, leastBackward) = (volumes.linkForward, volumes.linkBackward)
     let known = demand.rounds(groups)
-    let loads = LinkLoads(demand, without: volumes.shadows, groups, in: memory)
+    let isPlain = volumes.shadows.isEmpty
+    let loads = isPlain ? demand.loads(groups) : LinkLoads(demand, without: volumes.shadows, groups, in: memory)
 
     isSent = memory.take(groups.count * groups.count, of: false)
     (sends, returns) = (memory.take(isSent.count, of: 0), memory.take(isSent.count, of: 0))
@@ -47,9 +48,10 @@ package struct StepCosts {
       }
     }
 
-    (computes, gradWeights) = (memory.copy(known.rows), memory.copy(known.weights))
+    (computes, gradWeights) =
+      isPlain ? (known.rows, known.weights) : (memory.copy(known.rows), memory.copy(known.weights))
     blockShares = memory.copy(known.blocks)
-    if !volumes.shadows.isEmpty {
+    if !isPlain {
       let isShadow = memory.take(demand.traffic.experts, of: false)
       for expert in volumes.shadows { isShadow[expert] = true }
       for owner in 0..<workers where volumes.shadowsOf[demand.seats[owner]] > 0 {
@@ -87,11 +89,12 @@ package struct StepCosts {
     return min(slowdown, (1 + (1 + 4 * product).squareRoot()) / 2)
   }
 
-  package func forward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double) -> Seconds {
-    max(leastForward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown))
+  /// `memory` is for what is needed meanwhile.
+  package func forward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double, in memory: Scratch) -> Seconds {
+    max(leastForward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown, in: memory))
   }
-  package func backward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double) -> Seconds {
-    max(leastBackward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown))
+  package func backward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double, in memory: Scratch) -> Seconds {
+    max(leastBackward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown, in: memory))
   }
 }
 

@@ -1,21 +1,15 @@
-/// A list of steps, and where times are kept while later steps wait for them.
+/// A list of steps, and where times are kept while later steps wait for them; in the memory that it was made in.
 package struct PlayedSteps {
   fileprivate let list: Steps.List
   /// The row of each step's times, or -1 if no later step waits for it; a row serves again once nobody waits any more.
   fileprivate let rows: UnsafeMutableBufferPointer<Int>
   fileprivate let countOfRows: Int
-  /// Holds them.
-  fileprivate let memory: Scratch
 
-  package init(_ list: [Step]) {
-    let memory = Scratch()
-    self.init(memory.copy(list), in: memory)
-  }
+  package init(_ list: [Step], in memory: Scratch) { self.init(memory.copy(list), in: memory) }
 
-  /// A list that is in `memory`.
   init(_ list: Steps.List, in memory: Scratch) {
     rows = memory.take(list.count, of: -1)
-    (self.list, self.memory) = (list, memory)
+    self.list = list
     let mark = memory.mark
     for index in 0..<list.count where list[index].after >= 0 { rows[list[index].after] = index }
     let lastUse = memory.copy(rows)
@@ -45,7 +39,7 @@ package struct PlayedSteps {
   fileprivate init(keepingAllOf list: Steps.List, in memory: Scratch) {
     rows = memory.take(list.count)
     for index in 0..<list.count { rows[index] = index }
-    (self.list, countOfRows, self.memory) = (list, list.count, memory)
+    (self.list, countOfRows) = (list, list.count)
   }
 }
 
@@ -71,23 +65,24 @@ package struct Timeline {
     let memory = Scratch()
     (starts, ends, sent, received, end) = withExtendedLifetime(memory) {
       let played = PlayedSteps(keepingAllOf: memory.copy(steps), in: memory)
-      var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: true)
+      var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: true, in: memory)
       let end = player.play()
       return (Array(player.starts), Array(player.ends), Array(player.sent), Array(player.received), end)
     }
   }
 
   /// Only when it is over.
-  static func end(of steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double) -> Seconds {
-    let mark = steps.memory.mark
-    defer { steps.memory.release(to: mark) }
+  static func end(of steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double, in memory: Scratch)
+    -> Seconds
+  {
+    let mark = memory.mark
+    defer { memory.release(to: mark) }
     // What slows computing down is looked up later.
-    let played = slowdown > 1 ? PlayedSteps(keepingAllOf: steps.list, in: steps.memory) : steps
-    var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: false)
+    let played = slowdown > 1 ? PlayedSteps(keepingAllOf: steps.list, in: memory) : steps
+    var player = Player(played, costs, overlaps: overlaps, slowdown: slowdown, keepsMoves: false, in: memory)
     return player.play()
   }
 
-  /// All that it keeps is in the memory of the steps.
   private struct Player {
     let steps: Steps.List
     let costs: StepCosts
@@ -110,11 +105,13 @@ package struct Timeline {
     let talks, firstTalk: UnsafeMutableBufferPointer<Int>
     var countOfTalks = 0
 
-    init(_ steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double, keepsMoves: Bool) {
+    init(
+      _ steps: PlayedSteps, _ costs: StepCosts, overlaps: Bool, slowdown: Double, keepsMoves: Bool, in memory: Scratch
+    ) {
       (self.steps, rows, self.costs, groups) = (steps.list, steps.rows, costs, costs.groups)
       (self.overlaps, self.slowdown, stretch) = (overlaps, slowdown, overlaps ? costs.stretch : 1)
-      let (memory, workers, times) = (steps.memory, groups.workers, steps.countOfRows * groups.workers)
-      (starts, ends) = (memory.take(times, of: 0), memory.take(times, of: 0))
+      let (workers, times) = (groups.workers, steps.countOfRows * groups.workers)
+      (starts, ends) = (memory.take(times), memory.take(times))
       (sending, receiving) = (memory.take(workers, of: 0), memory.take(workers, of: 0))
       computing = memory.take(workers, of: 0)
       (mayStart, mayEnd, mayReceive) = (memory.take(groups.count), memory.take(groups.count), memory.take(groups.count))
@@ -128,7 +125,7 @@ package struct Timeline {
     mutating func play() -> Seconds {
       for index in 0..<steps.count { play(index) }
       var last = 0.0
-      for seat in 0..<groups.workers { last = max(last, sending[seat], receiving[seat], computing[seat]) }
+      for seat in 0..<groups.workers { last = max(last, max(max(sending[seat], receiving[seat]), computing[seat])) }
       return Seconds(last)
     }
 
@@ -150,7 +147,7 @@ package struct Timeline {
     }
 
     /// A worker that nothing reaches in a step waits for nothing.
-    private static let never = -Double.infinity
+    private static var never: Double { -.infinity }
 
     /// Every group to its target, where anything moves.
     private mutating func send(_ index: Int, _ round: Int) {
@@ -159,7 +156,7 @@ package struct Timeline {
       for group in 0..<groups.count {
         var (start, receive) = (0.0, 0.0)
         for seat in groups.seats(of: group) {
-          start = max(start, sending[seat], cause < 0 ? 0 : ends[cause + seat])
+          start = max(start, max(sending[seat], cause < 0 ? 0 : ends[cause + seat]))
           receive = max(receive, receiving[seat])
         }
         (mayStart[group], mayReceive[group]) = (start, receive)
@@ -188,7 +185,7 @@ package struct Timeline {
             let begin = starts[cause + seat]
             first = begin + (last - begin) * shares[seat]
           }
-          start = max(start, sending[seat], first)
+          start = max(start, max(sending[seat], first))
           end = max(end, last)
           receive = max(receive, receiving[seat])
         }
@@ -239,7 +236,7 @@ package struct Timeline {
       let (cause, count) = (causes(index), groups.workers)
       var start = 0.0
       for seat in 0..<count {
-        if seat != last { start = max(start, sending[seat], cause < 0 ? 0 : ends[cause + seat]) }
+        if seat != last { start = max(start, max(sending[seat], cause < 0 ? 0 : ends[cause + seat])) }
         if seat != first { start = max(start, receiving[seat]) }
       }
       let end = start + seconds
