@@ -19,6 +19,7 @@ import Testing
       let played = PlayedSteps(steps, in: memory)
       let seconds = least(played, plan.overlaps, cluster.slowdown, memory)
       #expect(seconds >= timeline.end)
+      if plan.overlaps { #expect(seconds.value >= costs.leastExchange.value * (1 - rounding)) }
       total += seconds.value
       let unhindered = Timeline.end(of: played, costs, overlaps: plan.overlaps, slowdown: 1, in: memory)
       let expected = play(steps, costs, plan.overlaps, stretch: plan.overlaps ? costs.stretch : 1)

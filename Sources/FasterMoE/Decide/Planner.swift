@@ -154,10 +154,10 @@ package struct Planner {
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. With what is
-  /// not counted an Emerald Rapids takes 1.3 times that, a Zen 1 at 2.5 GHz more than twice; with fewer
-  /// plays some plans are up to 6 % slower.
+  /// not counted that is what an Emerald Rapids takes; a Zen 1 at 2.5 GHz takes some twice as long. With fewer plays some
+  /// plans are up to 6 % slower.
   private static let share = 0.01
-  private static let secondsEach = Seconds(1e-8)
+  private static let secondsEach = Seconds(1.15e-8)
   /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
   private static let fewestPlays = 1 << 11
   /// Some seconds, however long a step is.
@@ -290,9 +290,9 @@ package struct Planner {
     return parts * (playsOfCosts(groups) + trips * playsOfTrip(groups, volumes.shadows.count)) < plays
   }
   private func playsOfCosts(_ groups: Groups) -> Int {
-    guard !paidSizes.contains(groups.size) else { return Planner.playsEach }
     let (workers, experts) = (cluster.workers, demand.traffic.experts)
-    return Planner.playsEach + groups.count * experts + workers * (workers + experts) / 16
+    let ways = Planner.playsEach + groups.count * workers / 2
+    return paidSizes.contains(groups.size) ? ways : ways + groups.count * experts + workers * (workers + experts) / 16
   }
   private func playsOfTrip(_ groups: Groups, _ shadows: Int) -> Int {
     Planner.playsEach / 2 + cluster.workers * 3 * (groups.count + shadows)
@@ -308,15 +308,19 @@ package struct Planner {
     defer { memory.release(to: mark) }
     let (costs, shadows, slowdown) = (StepCosts(groups, volumes, in: memory), volumes.shadows.count, cluster.slowdown)
     let each = playsOfTrip(groups, shadows)
-    let forward = least(orders, known?.forward, volumes.leastForward, each) {
+    let exchange = costs.leastExchange
+    let (leastForward, leastBackward) = (max(volumes.leastForward, exchange), max(volumes.leastBackward, exchange))
+    var choice = Choice(
+      groups: groups, shadows: volumes.shadows, trips: ((Order(), leastForward), (Order(), leastBackward)),
+      seconds: leastForward + leastBackward)
+    if let limit, choice.seconds >= limit { return choice }
+    let forward = least(orders, known?.forward, leastForward, each) {
       let steps = PlayedSteps(Steps.forward(groups, shadows: shadows, $0, in: $1), in: $1)
       return costs.forward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }
-    let atLeast: Choice.Trip = (Order(), volumes.leastBackward)
-    var choice = Choice(
-      groups: groups, shadows: volumes.shadows, trips: (forward, atLeast), seconds: forward.seconds + atLeast.seconds)
+    choice.seconds = forward.seconds + leastBackward
     if let limit, choice.seconds >= limit { return choice }
-    let backward = least(orders, known?.backward, volumes.leastBackward, each) {
+    let backward = least(orders, known?.backward, leastBackward, each) {
       let steps = PlayedSteps(Steps.backward(groups, shadows: shadows, $0, in: $1), in: $1)
       return costs.backward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }

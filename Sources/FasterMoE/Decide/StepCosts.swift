@@ -89,6 +89,21 @@ package struct StepCosts {
     return min(slowdown, (1 + (1 + 4 * product).squareRoot()) / 2)
   }
 
+  /// What no exchange that overlaps takes less than: every group sends its rows, round by round, and all results, one after
+  /// the other. Where rounds are many, their latencies are most of it. O(rounds·groups).
+  package var leastExchange: Seconds {
+    var most = 0.0
+    for group in 0..<groups.count {
+      var sum = 0.0
+      for round in 0..<groups.count {
+        let source = groups.source(of: group, round: round)
+        sum += sends[round * groups.count + group] + returns[round * groups.count + source]
+      }
+      most = max(most, sum)
+    }
+    return Seconds(most * stretch)
+  }
+
   /// `memory` is for what is needed meanwhile.
   package func forward(_ steps: PlayedSteps, overlaps: Bool, slowdown: Double, in memory: Scratch) -> Seconds {
     max(leastForward, Timeline.end(of: steps, self, overlaps: overlaps, slowdown: slowdown, in: memory))
