@@ -76,22 +76,20 @@ private enum DotTile<let M: Int, let R: Int> {
     var sums3 = InlineArray<R, Vector> { M > 3 ? sums.vector(at: 768 &+ $0 &* 16) : .zero }
     var x = rows
     var w = weights
-    // What comes after these rows, in the order of memory.
-    var next = weights + (R &* apart &+ 4096)
+    var ahead = FewRows.Ahead(weights, rows: R, depth: apart, later: R &* apart &+ 4096)
     for _ in 0..<blocks {
+      ahead.ask(R)
       let x0 = x.vector()
       let x1 = M > 1 ? x.vector(at: 16) : .zero
       let x2 = M > 2 ? x.vector(at: 32) : .zero
       let x3 = M > 3 ? x.vector(at: 48) : .zero
       for i in 0..<R {
-        hint_read_later(next + i &* 16)
         let weight = w.vector(at: i &* apart)
         sums0[unchecked: i].addProduct(weight, x0)
         if M > 1 { sums1[unchecked: i].addProduct(weight, x1) }
         if M > 2 { sums2[unchecked: i].addProduct(weight, x2) }
         if M > 3 { sums3[unchecked: i].addProduct(weight, x3) }
       }
-      next += R &* 16
       x += M &* 16
       w += 16
     }

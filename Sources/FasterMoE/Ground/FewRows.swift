@@ -14,7 +14,7 @@ package enum FewRows {
   ///
   /// AMD's prefetchers go on with the order of memory, so it is asked for in that order, the next 16 rows meanwhile. Intel's go
   /// on in each row, but not into another page: there it is `linesAhead` in each of the rows under way, then in the next ones.
-  fileprivate struct Ahead {
+  struct Ahead {
     private static let linesAhead = 16
     private var next: UnsafePointer<Float>
     private let between: Int
@@ -22,16 +22,15 @@ package enum FewRows {
     private var left: Int
     private let jump: Int
 
-    /// `rows` rows of `depth` weights are under way at `weights`; `isFirst` if nobody has read them yet: the next 16 are
-    /// asked for only then.
+    /// `rows` rows of `depth` weights are under way at `weights`; in the order of memory, what stands `later` is asked for.
     @inline(__always)
-    init(_ weights: UnsafePointer<Float>, rows: Int, depth: Int, isFirst: Bool) {
+    init(_ weights: UnsafePointer<Float>, rows: Int, depth: Int, later: Int) {
       if Choices.isIntel {
         let ahead = min(Ahead.linesAhead, depth / 16)
         (next, between, onward) = (weights + ahead &* 16, depth, 16)
         (left, jump) = (depth / 16 &- ahead, (rows &- 1) &* depth &+ depth % 16)
       } else {
-        (next, between, onward) = (weights + (isFirst ? FewRows.columns &* depth : 0), 16, rows &* 16)
+        (next, between, onward) = (weights + later, 16, rows &* 16)
         (left, jump) = (.max, 0)
       }
     }
@@ -285,7 +284,8 @@ private enum BroadcastTile<V: SIMD & BitwiseCopyable, let N: Int, let M: Int> wh
     let width = V.scalarCount
     var x = side
     var w = weights
-    var ahead = FewRows.Ahead(weights, rows: M, depth: depth, isFirst: isFirst)
+    // The next 16 rows, unless they have been asked for.
+    var ahead = FewRows.Ahead(weights, rows: M, depth: depth, later: isFirst ? FewRows.columns &* depth : 0)
     var left = depth
     while left > 0 {
       ahead.ask(M)
@@ -340,7 +340,7 @@ private enum TurningTile<let M: Int> {
     var chains = InlineArray<M, Vector>(repeating: .zero)
     var a = rows
     var k = 0
-    var ahead = FewRows.Ahead(weights, rows: 16, depth: depth, isFirst: true)
+    var ahead = FewRows.Ahead(weights, rows: 16, depth: depth, later: 16 &* depth)
     while k &+ 16 <= depth {
       ahead.ask(16)
       let turned = transposed(weights + k, stride: depth)
