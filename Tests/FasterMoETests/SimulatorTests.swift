@@ -11,7 +11,7 @@ import Testing
     let volumes = Volumes(batch.traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.backward.contains { $0.action == .fetch(shadow: 0) }
     let memory = Scratch()
-    defer { withExtendedLifetime(memory) {} }
+    defer { withExtendedLifetime((memory, volumes)) {} }
     let costs = StepCosts(plan.groups, volumes, in: memory)
     var total = 0.0
     for (steps, least) in [(plan.forward, costs.forward), (plan.backward, costs.backward)] {
@@ -141,6 +141,7 @@ import Testing
       // Copies of two owners may move at once, in opposite directions or over different links.
       let got = Self.seconds(.coarse(workers: cluster.workers, shadows: shadows), batch, shape, cluster)
       #expect(got <= expected * (1 + Self.rounding), "\(got), not \(expected)")
+      #expect(got >= volumes.leastSerial.value * (1 - Self.rounding), "less than \(volumes.leastSerial)")
       let owners = Set(shadows.map { batch.traffic.owner(of: $0) })
       if owners.count < 2 { #expect(got >= expected * (1 - Self.rounding), "\(got), not \(expected)") }
     }

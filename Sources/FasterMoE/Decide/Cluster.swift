@@ -4,7 +4,8 @@
 /// a worker's position among the leaves in tree order, where neighbours share the nearest links; a **node** is any point
 /// of the tree: the seats 0..<W, then the places, each before its parent, the root last.
 ///
-/// It never changes: `ring`, which is found by walking all the rest, is set at the end of `init`, and so are its `tables`.
+/// It never changes: `ring`, which is found by walking all the rest, is set at the end of `init`, and with it the `tables`
+/// of its hops.
 package final class Cluster: @unchecked Sendable {
   /// As it was read.
   package let document: Document

@@ -5,6 +5,7 @@ package final class Demand {
   package let cluster: Cluster
   /// [E] rows of all workers.
   package let rows: UnsafeMutableBufferPointer<Int>
+  // Tables of the cluster.
   /// [W] the rank at each seat, and the seat of each rank.
   let ranks, seats: UnsafeMutableBufferPointer<Int>
   /// [W] by seat.
@@ -12,6 +13,7 @@ package final class Demand {
   /// [nodes] of the cluster, and the hop of its ring that each one's links are part of.
   let nodes: UnsafeMutableBufferPointer<Cluster.Node>
   let hopsUp, hopsDown: UnsafeMutableBufferPointer<Int>
+
   /// [E] what all rows of each expert take at its owner.
   let whole: ComputeSeconds
   private let memory = Scratch()

@@ -27,7 +27,7 @@ package struct Forecast {
     let volumes = Volumes(traffic, shape, on: cluster, shadows: plan.shadows)
     volumes.fetchesAgain = plan.fetchesAgain
     let memory = Scratch()
-    defer { withExtendedLifetime(memory) {} }
+    defer { withExtendedLifetime((memory, volumes)) {} }
     let costs = StepCosts(plan.groups, volumes, in: memory)
     let seat = cluster.seats[rank]
     let volume = StepVolumes(plan, volumes, rank: rank, seat: seat)

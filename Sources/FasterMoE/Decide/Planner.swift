@@ -89,7 +89,7 @@ package struct Planner {
     var trips: (forward: Trip, backward: Trip)?
     var seconds: Seconds
 
-    /// The best order of a direction among those that were played.
+    /// The best order of a direction among those that were played; any one, and a bound, where that ruled all out.
     typealias Trip = (order: Order, seconds: Seconds)
 
     var plan: Plan {
@@ -222,16 +222,17 @@ package struct Planner {
       let volumes = volumes(set.shadows)
       let first = best.map { pairwise($0, volumes, below: chosen?.seconds) } ?? coarse(volumes)
       choose(first)
-      var done = best.map { [$0] } ?? []
+      var (done, least) = (best.map { [$0] } ?? [], first.seconds)
       if index < Planner.fewestSets {
         for size in sizes where size != best && isAffordable(size, volumes, 4) && !isEnough(set) {
-          choose(pairwise(size, volumes, below: chosen?.seconds))
+          let other = pairwise(size, volumes, below: chosen?.seconds)
+          choose(other)
           done.append(size)
+          least = min(least, other.seconds)
         }
         if let chosen, chosen.trips != nil { best = chosen.groups.size }
       }
-      tried.insert(
-        (set, volumes, done, first.seconds), at: tried.firstIndex { first.seconds < $0.seconds } ?? tried.count)
+      tried.insert((set, volumes, done, least), at: tried.firstIndex { least < $0.seconds } ?? tried.count)
     }
     for (set, volumes, done, _) in tried {
       for size in sizes where !done.contains(size) && isAffordable(size, volumes, 1) && !isEnough(set) {

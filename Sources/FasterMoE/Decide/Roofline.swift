@@ -222,7 +222,7 @@ package final class Volumes {
     return (there + back) * 2
   }
   /// No coarse plan is faster.
-  package var leastSerial: Seconds { computing + moving + leastCopying }
+  var leastSerial: Seconds { computing + moving + leastCopying }
 
   /// No schedule is faster than its busiest worker, its busiest link, which carries rows there and back, and its copies.
   package var leastForward: Seconds { max(busiestForward, linkForward, inSeries(fetching)) }

@@ -3,7 +3,8 @@
 /// *Communication* takes the time of the slowest link on the way between two groups, each link shared by all that moves in this
 /// step, plus the latency of the way. *Computing* takes each expert's flops at the rate for its rows, and the handling of rows.
 ///
-/// Its tables are whose memory they were made in: passing it on costs nothing, and it is played by the thousand.
+/// Its tables belong to the memory that they were made in, some to the Demand, which are not to be written: passing it on
+/// costs nothing, and it is played by the thousand.
 package struct StepCosts {
   package let groups: Groups
   /// [rounds, groups] whether the group sends anything, how long that takes, and how long until it has its results.

@@ -76,6 +76,7 @@ private enum DotTile<let M: Int, let R: Int> {
     var sums3 = InlineArray<R, Vector> { M > 3 ? sums.vector(at: 768 &+ $0 &* 16) : .zero }
     var x = rows
     var w = weights
+    // In the order of memory, what comes 16 KiB after these rows.
     var ahead = FewRows.Ahead(weights, rows: R, depth: apart, later: R &* apart &+ 4096)
     for _ in 0..<blocks {
       ahead.ask(R)

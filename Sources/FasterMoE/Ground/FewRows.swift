@@ -12,7 +12,7 @@ package enum FewRows {
 
   /// The memory that is asked for while some rows of weights are read: what will be needed some time later.
   ///
-  /// AMD's prefetchers go on with the order of memory, so it is asked for in that order, the next 16 rows meanwhile. Intel's go
+  /// AMD's prefetchers go on with the order of memory, so it is asked for in that order, what is read next. Intel's go
   /// on in each row, but not into another page: there it is `linesAhead` in each of the rows under way, then in the next ones.
   struct Ahead {
     private static let linesAhead = 16

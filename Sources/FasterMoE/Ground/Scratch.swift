@@ -1,5 +1,3 @@
-import Synchronization
-
 /// Memory for tables that are made and dropped by the thousand, of types that need no cleaning up: one after the other,
 /// and all that was taken since a mark is given back at once. It goes with the last who holds it.
 package final class Scratch {
@@ -19,32 +17,7 @@ package final class Scratch {
 
   package init() {}
 
-  deinit { for chunk in chunks where !Scratch.keep(chunk) { chunk.deallocate() } }
-
-  /// A few chunks that nobody holds, for the next who needs one: each batch is planned anew, and what goes back to the system
-  /// comes from it page by page.
-  private static let spare = Mutex<[(base: UInt, count: Int)]>([])
-  private static let mostSpare = (chunks: 32, bytes: 4 << 20)
-
-  private static func keep(_ chunk: UnsafeMutableRawBufferPointer) -> Bool {
-    spare.withLock { spare in
-      let bytes = spare.reduce(chunk.count) { $0 + $1.count }
-      guard spare.count < mostSpare.chunks, bytes <= mostSpare.bytes else { return false }
-      spare.append((UInt(bitPattern: chunk.baseAddress!), chunk.count))
-      return true
-    }
-  }
-
-  /// The smallest that has room for `bytes`.
-  private static func takeSpare(_ bytes: Int) -> UnsafeMutableRawBufferPointer? {
-    let found = spare.withLock { spare -> (base: UInt, count: Int)? in
-      let fitting = spare.indices.filter { spare[$0].count >= bytes }
-      return fitting.min { spare[$0].count < spare[$1].count }.map { spare.remove(at: $0) }
-    }
-    return found.map {
-      UnsafeMutableRawBufferPointer(start: UnsafeMutableRawPointer(bitPattern: $0.base), count: $0.count)
-    }
-  }
+  deinit { chunks.forEach { $0.deallocate() } }
 
   package var mark: Mark { Mark(chunk: chunk, room: room) }
 
@@ -84,7 +57,7 @@ package final class Scratch {
   private func makeRoom(_ bytes: Int) {
     for other in chunk + 1..<max(chunk + 1, chunks.count) where chunks[other].count >= bytes { return open(other) }
     let size = max(bytes, Scratch.leastChunk << min(chunks.count, Scratch.doublings))
-    chunks.append(Scratch.takeSpare(size) ?? .allocate(byteCount: size, alignment: Scratch.alignment))
+    chunks.append(.allocate(byteCount: size, alignment: Scratch.alignment))
     open(chunks.count - 1)
   }
 

@@ -52,17 +52,6 @@ extension PassContext {
     }
   }
 
-  /// y_i = Σ_j s_ij · expert_ij(x_i), where experts have not written it already.
-  func combine(into output: UnsafeMutablePointer<Float>) {
-    if store.isDirect { return clearDropped(output) }
-    forEachToken { token in
-      for column in stride(from: 0, to: shape.model, by: 16) {
-        let width = min(16, shape.model - column)
-        output.store(sumOfRows(token, column, width, weighted: true), at: token * shape.model + column, first: width)
-      }
-    }
-  }
-
   /// Some hidden units of some rows of a block, whose pre-activations may be written past the caches.
   private func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>, writesPast: Bool) {
     let (d, h) = (shape.model, shape.hidden)
@@ -211,18 +200,6 @@ extension PassContext {
       ready = lane.addTask(.weightGrads, block: index, rows: Int(block.rows), from: ready)
     }
     inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
-  }
-
-  /// grad_tokens of a pass that the caller routed, where experts have not written them already.
-  func combineGrads(into gradTokens: UnsafeMutablePointer<Float>) {
-    if store.isDirect { return clearDropped(gradTokens) }
-    forEachToken { token in
-      for column in stride(from: 0, to: shape.model, by: 16) {
-        let width = min(16, shape.model - column)
-        gradTokens.store(
-          sumOfRows(token, column, width, weighted: false), at: token * shape.model + column, first: width)
-      }
-    }
   }
 
   /// Some rows of a block backwards: gradients of their pre-activations, inputs and routing weights.

@@ -308,11 +308,15 @@ package final class Pass: TeamWork {
     case .addCopyGrads: context.addCopyGrads(shadows, from: copyGrads)
     case .send: context.packTokens()
     case .expertsForward: context.forward(blocks: blocks)
-    case .combineForward: context.combine(into: output!)
+    case .combineForward: context.combine(into: output!, weighted: true)
     case .sendGrads: context.packGrads(gradOutput!)
     case .expertsBackward: context.backward(blocks: blocks, turns)
     case .combineBackward:
-      if isGated { context.backwardThroughGate(into: gradTokens!) } else { context.combineGrads(into: gradTokens!) }
+      if isGated {
+        context.backwardThroughGate(into: gradTokens!)
+      } else {
+        context.combine(into: gradTokens!, weighted: false)
+      }
     }
     if let kind = job.kind { context.lane.add(kind, from: start) }
   }

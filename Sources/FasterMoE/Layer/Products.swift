@@ -60,6 +60,18 @@ extension PassContext {
     for i in 0..<high { Prefetch.write(resultRow(first + i) + column, stride: 0, rows: 1, columns: width) }
   }
 
+  /// Each token's rows, summed, where experts have not written that already: y_i = Σ_j s_ij · expert_ij(x_i) if `weighted`,
+  /// grad_tokens of a pass that the caller routed if not.
+  func combine(into sums: UnsafeMutablePointer<Float>, weighted: Bool) {
+    if store.isDirect { return clearDropped(sums) }
+    forEachToken { token in
+      for column in stride(from: 0, to: shape.model, by: 16) {
+        let width = min(16, shape.model - column)
+        sums.store(sumOfRows(token, column, width, weighted: weighted), at: token * shape.model + column, first: width)
+      }
+    }
+  }
+
   /// Zeroes what no expert has written: all that is left to do where results go directly to their tokens.
   func clearDropped(_ output: UnsafeMutablePointer<Float>) {
     let piece = 256
