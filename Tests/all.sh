@@ -4,8 +4,9 @@ set -u
 cd "$(dirname "$0")/.."
 prefix=$(realpath "$1")
 log=$(mktemp)
-trap 'kill "$building" 2>/dev/null; rm -f "$log"' EXIT
-passed=0 failed=0 building=
+besides=$(mktemp)
+trap 'kill $building $beside 2>/dev/null; rm -f "$log" "$besides"' EXIT
+passed=0 failed=0 building= beside=
 
 # step NAME COMMAND...: runs it, shows what it says if it fails, and counts.
 step() {
@@ -20,6 +21,19 @@ step() {
     printf 'FAILED  %s (%d s)\n' "$name" $((SECONDS - start))
     grep -vE '^(✔|◇)' "$log" | tail -60
   fi
+}
+
+# beside COMMAND...: begins what keeps one core busy, beside steps that do not keep both; `joined` is then its own step.
+beside() {
+  "$@" >"$besides" 2>&1 &
+  beside=$!
+}
+joined() {
+  local status=0
+  wait "$beside" || status=$?
+  beside=
+  cat "$besides"
+  return $status
 }
 
 format() { swift format lint --strict -r Sources Tests Package.swift; }
@@ -41,7 +55,7 @@ ahead() {
   make --no-print-directory fuzz-library
 }
 
-c_interface() { make --no-print-directory -C Tests/CAPITests PREFIX="$prefix" CC=gcc CXX=g++ "$1"; }
+c_interface() { make -j 2 --no-print-directory -C Tests/CAPITests PREFIX="$prefix" CC=gcc CXX=g++ "$1"; }
 
 reference() { awk -f docs/reference.awk include/fastermoe.h | diff - docs/reference.md || { echo "make docs makes it anew"; return 1; }; }
 
@@ -54,7 +68,7 @@ fuzzers() {
 examples() {
   local at=$1 cc=$2 cxx=$3 out
   out=$(realpath -m ".build/examples/$cc") && export PKG_CONFIG_PATH=$at LD_LIBRARY_PATH=$prefix/lib
-  make -B -C examples/c CC="$cc" BUILD="$out" all && make -B -C examples/cpp CXX="$cxx" BUILD="$out" all &&
+  make -j 2 -B -C examples/c CC="$cc" BUILD="$out" all && make -B -C examples/cpp CXX="$cxx" BUILD="$out" all &&
     "$out/01_one_layer" && "$out/02_own_gate" && "$out/03_threads_as_ranks" && "$out/03_threads_as_ranks" 4 &&
     "$out/05_plan_only" examples/c/05_cluster.json && "$out/05_plan_only" Benchmarks/paper/trevor.json && "$out/train_regression" && "$out/test_gpt" &&
     "$out/train_gpt" --steps 30 --eval-every 15 --sample 40 --save-log "$out/log.csv" && [ "$(wc -l <"$out/log.csv")" -ge 30 ] &&
@@ -193,10 +207,11 @@ step "reference is the header's" reference
 step "Swift tests" swift_tests "$base"
 if grep -q avx512vl /proc/cpuinfo; then step "Swift tests, AVX-512" swift_tests skylake-avx512; fi
 step "sums stay in registers" Tests/registers.sh .build/*/release/libfastermoe.so
+beside c_interface valgrind
 step "thread sanitizer" thread_sanitizer "$base"
+step "C interface under valgrind, beside that" joined
 step "C and C++ interface, gcc and clang" c_interface test
 step "programs of an older version on this library" Tests/old_binaries.sh "$prefix"
-step "C interface under valgrind" c_interface valgrind
 step "C interface under the address sanitizer" c_interface asan
 step "fuzzers, address sanitizer in the library" fuzzers 60
 step "examples from the installed library, gcc" examples "$prefix/lib/pkgconfig" gcc g++
