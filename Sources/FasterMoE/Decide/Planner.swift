@@ -154,8 +154,8 @@ package struct Planner {
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
   /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. With what is
-  /// not counted that is what an Emerald Rapids takes; a Zen 1 at 2.5 GHz takes some twice as long. With fewer plays some
-  /// plans are up to 6 % slower.
+  /// not counted that is what an Emerald Rapids takes; a Zen 1 at 2.5 GHz, on which plays were last timed when they took a
+  /// third longer, takes more. With fewer plays some plans are up to 6 % slower.
   private static let share = 0.01
   private static let secondsEach = Seconds(1.15e-8)
   /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
