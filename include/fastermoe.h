@@ -9,7 +9,8 @@
  *             library fills is borrowed; its comment says until when.  Arrays passed in are used
  *             before the call returns, unless the comment says "kept".
  * Threads.    Any thread may use any object, one thread at a time per object; objects of different
- *             groups never interfere.  "Collective" calls are made by all W ranks in one order.
+ *             groups never interfere.  "Collective" calls are made by all W ranks in one order.  A call leaves
+ *             the calling thread's affinity, signal mask and floating-point mode as they were.
  * Failure.    Every fallible call returns fmoe_status; out-parameters are written only on FMOE_OK.
  *             The library never exits, prints, traps on bad input or installs signal handlers.
  * Options.    Set struct_size to sizeof the struct and zero the rest: a zero field means its default.
@@ -18,7 +19,8 @@
  *             fills tell their room by struct_size and get back how many bytes were written.
  * Not a       A NaN or an infinity in a token makes that token's output row not finite (but ReLU may hide one), and gradients that
  * number.     depend on the value; no other token's output changes by a bit, unless its gate shares room among tokens.
- * Same bits.  The same calls on the same data give the same bits, for any number of threads.
+ * Same bits.  The same calls on the same data give the same bits, for any number of threads and in any
+ *             floating-point mode of the host's.
  * Together.   A collective call succeeds on all ranks or fails on all.  Where one rank's arguments or memory are at fault,
  *             that rank gets its own status and the others FMOE_ERROR_PEER, and the group may go on.  Where a peer is lost or
  *             silent, the group is broken: its collective calls fail from then on, and destroying is all that is left.
@@ -69,7 +71,8 @@ typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers,
 
 /* ---- group: who works together, over what, on which cores ---------------------------------
  * A rank computes on threads of its own, soon asleep between calls: one for each core of its share.  Ranks that may use the same
- * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.
+ * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.  A rank that shares its
+ * cores with no other computes on the calling thread, too, in place of one of them.
  * Calls on a rank's group and on all that hangs from it are taken one at a time; a second host thread waits.
  * With fmoe_group_create_local, each rank's calls come from a thread of its own: collective calls wait for the others. */
 typedef struct fmoe_message {             /* one leg of an exchange */

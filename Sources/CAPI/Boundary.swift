@@ -1,4 +1,5 @@
 import CFasterMoE
+import CHints
 import FasterMoE
 import Glibc
 
@@ -7,6 +8,9 @@ import Glibc
 /// Runs one call of the C interface and turns its failure into a status, the text kept for `fmoe_last_error`.
 /// A call that all ranks make together looks at the reserve when it can tell the others.
 func answer(together isTogether: Bool = false, _ call: () throws(Failure) -> Void) -> fmoe_status {
+  // Here, and on threads that the call makes, the same numbers have the same sums, whatever the host does with its own.
+  let floats = hint_plain_floats()
+  defer { hint_floats_as(floats) }
   do throws(Failure) {
     if !isTogether { try Reserve.fill() }
     try call()

@@ -114,6 +114,23 @@ static inline float hint_multiply_add(long rounds, float from) {
   return sums[0][0];
 }
 
+/* The calling thread's floating point from here on is what threads begin with: to nearest, subnormal numbers, no traps.
+ * Returns what it was before, which `hint_floats_as` brings back. */
+static inline unsigned hint_plain_floats(void) {
+#ifdef __x86_64__
+  unsigned before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(0x1F80);
+  return before;
+#else
+  return 0;
+#endif
+}
+static inline void hint_floats_as(unsigned before) {
+#ifdef __x86_64__
+  __builtin_ia32_ldmxcsr(before);
+#endif
+}
+
 /* Whether Intel made the processor: in what kernels must know of one, its kinds have much in common. */
 static inline int hint_is_intel(void) {
 #ifdef __x86_64__
@@ -130,6 +147,9 @@ static inline int hint_has_wide_vectors(void) {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+
+/* The processor that runs the calling thread: a declaration that Swift's module of the C library leaves out. */
+int sched_getcpu(void);
 
 /* The system's own functions, in a library that is linked with --wrap. */
 #include <malloc.h>

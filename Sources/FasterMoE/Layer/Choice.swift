@@ -38,7 +38,7 @@ extension Pass {
       told: store.told,
       numbers: rule.numbersTold(choices: shape.choices), loads: store.loads, scratch: store.scratch,
       logits: desk.logits, probabilities: desk.probabilities)
-    if isGated { run(.gate, count) }
+    if isGated { run(.gate, floats: floatsAtGate) }
     moved = rule.settle(batch)
     let varies = isGated && isTraining && layer.variation != 0
     if isGated && (varies || layer.losses.needProbabilities) { sumTasks() }

@@ -152,7 +152,7 @@ extension Pass {
   /// Has the owners of shadowed experts add what all workers made of their gradients.
   func gatherCopyGrads() throws(Failure) {
     guard !shadows.isEmpty else { return }
-    run(.addCopyGrads, shadows.count)
+    run(.addCopyGrads, floats: shadows.count * inbox.copyFloats)
     if group.peers.shareMemory { try meet(as: .meetCopies) }
   }
 
@@ -165,13 +165,13 @@ extension Pass {
   ) throws(Failure) {
     cutBlocks(steps)
     guard let peers = group.peers as? WirePeers else {
-      run(compute, arrivedRows)
+      run(compute, floats: arrivedRows * shape.model * shape.hidden)
       return try meet(as: .meetExperts)
     }
     do throws(Failure) {
-      run(send, count)
+      run(send, floats: floatsOfRows)
       let fetches = Plan.fetches(steps)
-      if fetches { run(.packCopies, shadows.count) }
+      if fetches { run(.packCopies, floats: shadows.count * inbox.copyFloats) }
       beginJourney(compute, fetches: fetches)
       defer { journey.end() }
       job = compute
@@ -182,7 +182,7 @@ extension Pass {
         let turn = steps.firstIndex { !$0.action.communicates } ?? steps.count
         for index in 0..<turn { add(peers, steps[index].action, arriving, step: index) }
         try peers.wire.run(journey)
-        run(compute, arrivedRows)
+        run(compute, floats: arrivedRows * shape.model * shape.hidden)
         for index in turn..<steps.count { add(peers, steps[index].action, arriving, step: index) }
         try peers.wire.run(journey)
       }

@@ -63,7 +63,7 @@ extension PassContext {
       picks, choices: k, logits: desk.scores, probabilities: desk.probabilities, into: weights)
   }
 
-  /// grad_tokens = what came back from the experts + what goes through the gate; adds the gate's gradient.
+  /// grad_tokens = what came back from the experts + what goes through the gate.
   func backwardThroughGate(into gradTokens: UnsafeMutablePointer<Float>) {
     let d = shape.model
     while case let task = team.take(), let rows = gateRows(task) {
@@ -87,8 +87,11 @@ extension PassContext {
         }
       }
     }
-    team.barrier()
-    // Each task takes some columns of the gate's gradient and sums over all tokens, gateRows at a time.
+  }
+
+  /// Adds the gate's gradient: each task takes some columns of it and sums over all tokens, gateRows at a time.
+  func makeGateGradients() {
+    let d = shape.model
     while case let column = team.take() * Workspace.gateColumns, column < d {
       let columns = Panels(desk.columns.base, width: min(Workspace.gateColumns, d - column))
       var task = 0

@@ -58,7 +58,7 @@ package final class Pass: TeamWork {
   var job = Job.gate
   enum Job {
     case gate, packCopies, send, expertsForward, combineForward
-    case clearGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward
+    case clearGrads, sendGrads, expertsBackward, addCopyGrads, combineBackward, gateGrads
 
     /// As what it is recorded; nil for those whose tasks are.
     var kind: Recording.Kind? {
@@ -70,6 +70,7 @@ package final class Pass: TeamWork {
       case .clearGrads: .clearGrads
       case .addCopyGrads: .addCopyGrads
       case .combineBackward: .combineGrads
+      case .gateGrads: .gateGrads
       case .expertsForward, .expertsBackward: nil
       }
     }
@@ -218,7 +219,7 @@ package final class Pass: TeamWork {
     self.output = output
     lookAround(all)
     try throughExperts(plan.forward, send: .send, arriving: inbox.tokens, compute: .expertsForward)
-    run(.combineForward, count)
+    run(.combineForward, floats: floatsOfRows)
     stage = .forwarded
     recording.caller.add(.forwardCall, from: began)
   }
@@ -253,10 +254,12 @@ package final class Pass: TeamWork {
     // To a shadowed expert's gradients others add, in no order that this pass knows.
     if !shadows.isEmpty { layer!.settleGradients() }
     writesGradients = layer!.takeBegunGradients()
-    if writesGradients || !shadows.isEmpty { run(.clearGrads, shadows.count + layer!.owned.count) }
+    let without = writesGradients ? (0..<layer!.owned.count).count { inbox.latest[$0] < 0 } : 0
+    run(.clearGrads, floats: (shadows.count + without) * inbox.copyFloats)
     try throughExperts(plan.backward, send: .sendGrads, arriving: inbox.grads, compute: .expertsBackward)
     try gatherCopyGrads()
-    run(.combineBackward, count)
+    run(.combineBackward, floats: floatsOfRows + (isGated ? floatsAtGate : 0))
+    if isGated { run(.gateGrads, floats: floatsAtGate) }
     gradWeights?.update(from: store.gradWeights, count: count * shape.choices)
     if isGated && isTraining, let bias = layer!.values.bias {
       Bias.move(bias, loads: store.loads, experts: shape.experts, step: layer!.biasStep)
@@ -286,12 +289,19 @@ package final class Pass: TeamWork {
     if group.size > 1 { recording.caller.add(kind, from: wasReady) }
   }
 
-  /// Has the team do a job that is empty where `size` is 0.
-  func run(_ job: Job, _ size: Int) {
-    guard size > 0 else { return }
+  /// Has the team do a job that touches so many floats; 0: there is nothing to do.
+  func run(_ job: Job, floats: Int) {
+    guard floats > 0 else { return }
     self.job = job
-    team.run(self)
+    team.run(self, isSmall: floats < Pass.fewFloats)
   }
+
+  /// One thread has them in its caches or reads them in some 15 microseconds, sooner than another wakes.
+  private static let fewFloats = 1 << 16
+
+  /// The rows that this worker's tokens make, and what its gate reads.
+  var floatsOfRows: Int { count * shape.choices * shape.model }
+  var floatsAtGate: Int { count == 0 ? 0 : (count + layer!.columns) * shape.model }
 
   package override func work(thread: Int) {
     let layer = layer!
@@ -317,6 +327,7 @@ package final class Pass: TeamWork {
       } else {
         context.combine(into: gradTokens!, weighted: false)
       }
+    case .gateGrads: context.makeGateGradients()
     }
     if let kind = job.kind { context.lane.add(kind, from: start) }
   }

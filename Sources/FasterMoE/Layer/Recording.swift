@@ -12,7 +12,7 @@ final class Recording {
     // Streams between this rank and another, also there.
     case send, fetch, giveBack, reduce
     // Jobs that the team's threads share.
-    case gate, packRows, packCopies, clearGrads, addCopyGrads, combine, combineGrads
+    case gate, packRows, packCopies, clearGrads, addCopyGrads, combine, combineGrads, gateGrads
     // Tasks of one block of an expert's rows.
     case experts, expertGrads, weightGrads
   }

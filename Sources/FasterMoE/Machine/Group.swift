@@ -145,7 +145,15 @@ package final class Group {
     // Where the system refuses to tie a thread, as some containers do, its scheduler places it.
     let pins = options.pins && topology.isThisMachine && threads <= share.count
     let first = share.lowerBound
-    team = try Team(threads: threads) { if pins { _ = topology.bindCallingThread(toCore: first + $0) } }
+    // A caller that may run where this rank's threads may and nowhere else can do the work of one of them.
+    let isAtHome = !pins || share.count == topology.cores.count
+    func callersSeat() -> Int {
+      guard pins, let core = topology.coreOfCallingThread, (first..<first + threads).contains(core) else { return 0 }
+      return core - first
+    }
+    team = try Team(threads: threads, callersSeat: isAtHome ? callersSeat : nil) {
+      if pins { _ = topology.bindCallingThread(toCore: first + $0) }
+    }
     // Last, since nothing would give these back if the others failed.
     notices = .allocate(capacity: peers.size)
     lock = .allocate(capacity: 1)

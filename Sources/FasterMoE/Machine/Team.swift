@@ -3,28 +3,30 @@ import Synchronization
 
 /// Work that a team's threads do together; subclasses say what.
 package class TeamWork {
-  /// Called once on every thread, `thread` in 0..<team.threads; the calls share the work by the team's counter.
+  /// Called once on each thread that does it, `thread` in 0..<team.threads; the calls share the work by the team's counter.
   package func work(thread: Int) {}
 }
 
 /// The compute threads of one worker: made once, pinned to its cores, soon asleep between jobs.
 ///
-/// One job at a time; the thread that calls `run` soon sleeps meanwhile, so the cores belong to the team. Nothing here
-/// allocates after init.
+/// One job at a time. To wake a thread takes as long as a small layer does, so the calling thread begins with a job instead
+/// of one of them, if the cores are its own, too; else it soon sleeps meanwhile. Nothing here allocates after init.
 package final class Team {
   package let threads: Int
   private let seats: UnsafeMutablePointer<Seat>
   private var started = 0
   private let signal: Signal
+  private let callersSeat: (() -> Int)?
   private let next = Atomic<Int>(0)
-  private let waiting = Atomic<Int>(0)
-  private let round = Atomic<Int>(0)
 
   /// Makes the threads; `place` is called on each new thread with its index, to tie it to its core.
-  package init(threads: Int, place: @escaping (Int) -> Void) throws(Failure) {
+  ///
+  /// `callersSeat` says, on the thread that calls `run`, instead of which thread that one may work.
+  package init(threads: Int, callersSeat: (() -> Int)?, place: @escaping (Int) -> Void) throws(Failure) {
     self.threads = threads
+    self.callersSeat = callersSeat
     seats = .allocate(capacity: threads)
-    signal = try Signal()
+    signal = try Signal(threads: threads)
     // The host's signals are for the host's threads: new ones inherit a mask that leaves only a thread's own faults.
     var (none, before) = (sigset_t(), sigset_t())
     sigfillset(&none)
@@ -48,41 +50,38 @@ package final class Team {
   }
 
   deinit {
-    signal.post(nil, to: started)
+    signal.post(nil, without: nil)
     for index in 0..<started { pthread_join(seats[index].thread, nil) }
     seats.deinitialize(count: started)
     seats.deallocate()
   }
 
-  /// Has every thread call `work.work(thread:)` and returns when all are done. Not from inside a job.
-  package func run(_ work: TeamWork) {
-    begin(work)
-    finish()
+  /// Has threads call `work.work(thread:)`, the caller alone if the work `isSmall`, and returns when those are done that
+  /// have come until one found nothing left to take. Not from inside a job.
+  package func run(_ work: TeamWork, isSmall: Bool = false) {
+    let seat = isSmall ? 0 : callersSeat?()
+    guard let seat else {
+      begin(work)
+      return finish()
+    }
+    let isAlone = isSmall || threads == 1
+    next.store(0, ordering: .relaxed)
+    if !isAlone { signal.post(.passUnretained(work), without: seat) }
+    work.work(thread: seat)
+    if !isAlone { signal.wait(forAll: false) }
   }
 
   /// Has every thread begin `work`, which the caller keeps until `finish` has returned.
   package func begin(_ work: TeamWork) {
     next.store(0, ordering: .relaxed)
-    signal.post(.passUnretained(work), to: threads)
+    signal.post(.passUnretained(work), without: nil)
   }
 
   /// Returns when all threads are done.
-  package func finish() { signal.wait() }
+  package func finish() { signal.wait(forAll: true) }
 
   /// The next task number of the running job: 0, 1, 2… over all threads.
   @inline(__always) package func take() -> Int { next.wrappingAdd(1, ordering: .relaxed).oldValue }
-
-  /// Waits until all threads of the running job are here; then the task numbers begin at 0 again.
-  package func barrier() {
-    let mine = round.load(ordering: .relaxed)
-    if waiting.wrappingAdd(1, ordering: .acquiringAndReleasing).newValue == threads {
-      waiting.store(0, ordering: .relaxed)
-      next.store(0, ordering: .relaxed)
-      round.wrappingAdd(1, ordering: .releasing)
-    } else {
-      wait { self.round.load(ordering: .acquiring) != mine }
-    }
-  }
 
   /// Returns once `condition` holds, which another thread of the running job is about to bring about; whether it did not
   /// hold at once.
@@ -117,74 +116,117 @@ package final class Team {
     func serve() {
       place(index)
       var seen = 0
-      while let work = signal.receive(after: &seen) {
+      while let work = signal.receive(after: &seen, at: index) {
         work._withUnsafeGuaranteedRef { $0.work(thread: index) }
-        signal.finished()
+        signal.leave()
       }
     }
   }
 }
 
-/// Hands one job after another to waiting threads and waits until all of them have finished it. Who waits sleeps at last.
+/// Hands one job after another to waiting threads and waits until those that came have finished it. Who waits sleeps at last.
 private final class Signal: @unchecked Sendable {
+  /// One waiting thread's bed.
+  private struct Bed {
+    var bell = pthread_cond_t()
+    var isTaken = false
+  }
+
+  private let threads: Int
+  private let beds: UnsafeMutablePointer<Bed>
   private let mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
-  private let posted = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
   private let done = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
-  /// Changed under the lock; read without it by those that only look.
+  /// Changed under the lock, as all below; these two are read without it by those that only look.
   private let jobs = Atomic<Int>(0)
-  private let unfinished = Atomic<Int>(0)
+  private let left = Atomic<Int>(0)
+  /// How many threads have come for the job, and how many have left when it is done.
+  private var came = 0
+  private var awaited = 0
+  private var isOpen = false
+  /// The thread whose work the caller does.
+  private var absent: Int?
+  /// Beds from here on have not been looked at for the job.
+  private var unseen = 0
   /// Not retained: a thread that let go of the last reference would end its own team. The caller holds one until all are done.
   private var work: Unmanaged<TeamWork>?
 
-  init() throws(Failure) {
+  init(threads: Int) throws(Failure) {
+    self.threads = threads
+    beds = .allocate(capacity: threads)
+    beds.initialize(repeating: Bed(), count: threads)
     mutex.initialize(to: pthread_mutex_t())
-    posted.initialize(to: pthread_cond_t())
     done.initialize(to: pthread_cond_t())
-    guard pthread_mutex_init(mutex, nil) == 0, pthread_cond_init(posted, nil) == 0, pthread_cond_init(done, nil) == 0
-    else { throw Failure(.memory, "the system gives no lock") }
+    var made = pthread_mutex_init(mutex, nil) == 0 && pthread_cond_init(done, nil) == 0
+    for thread in 0..<threads { made = pthread_cond_init(&beds[thread].bell, nil) == 0 && made }
+    guard made else { throw Failure(.memory, "the system gives no lock") }
   }
 
   deinit {
+    for thread in 0..<threads { pthread_cond_destroy(&beds[thread].bell) }
     pthread_cond_destroy(done)
-    pthread_cond_destroy(posted)
     pthread_mutex_destroy(mutex)
+    beds.deallocate()
     done.deallocate()
-    posted.deallocate()
     mutex.deallocate()
   }
 
-  /// Wakes the threads with `work`, nil to send them home.
-  func post(_ work: Unmanaged<TeamWork>?, to threads: Int) {
+  /// Offers `work` to the threads but the `absent` one, nil to send them home.
+  func post(_ work: Unmanaged<TeamWork>?, without absent: Int?) {
     pthread_mutex_lock(mutex)
-    self.work = work
-    unfinished.store(threads, ordering: .relaxed)
+    (self.work, self.absent, isOpen, came, awaited, unseen) = (work, absent, true, 0, threads, 0)
+    left.store(0, ordering: .relaxed)
     jobs.wrappingAdd(1, ordering: .releasing)
-    pthread_cond_broadcast(posted)
+    wakeTwo()
     pthread_mutex_unlock(mutex)
   }
 
-  /// Waits until all threads have finished.
-  func wait() {
-    _ = Team.yield { unfinished.load(ordering: .acquiring) == 0 }
+  /// Waits until all threads have come and left, or all that have come by now: from then on the others are too late.
+  func wait(forAll: Bool) {
+    if !forAll {
+      pthread_mutex_lock(mutex)
+      (isOpen, awaited) = (false, came)
+      pthread_mutex_unlock(mutex)
+    }
+    let awaited = awaited
+    _ = Team.yield { left.load(ordering: .acquiring) == awaited }
     pthread_mutex_lock(mutex)
-    while unfinished.load(ordering: .relaxed) > 0 { pthread_cond_wait(done, mutex) }
+    while left.load(ordering: .relaxed) < awaited { pthread_cond_wait(done, mutex) }
     work = nil
     pthread_mutex_unlock(mutex)
   }
 
-  /// Waits until there is a job after the `seen` ones; nil means that the thread may end.
-  func receive(after seen: inout Int) -> Unmanaged<TeamWork>? {
-    _ = Team.yield { jobs.load(ordering: .acquiring) != seen }
-    pthread_mutex_lock(mutex)
-    defer { pthread_mutex_unlock(mutex) }
-    while jobs.load(ordering: .relaxed) == seen { pthread_cond_wait(posted, mutex) }
-    seen = jobs.load(ordering: .relaxed)
-    return work
+  /// Waits until there is a job after the `seen` ones for this thread; nil means that it may end.
+  func receive(after seen: inout Int, at thread: Int) -> Unmanaged<TeamWork>? {
+    while true {
+      _ = Team.yield { jobs.load(ordering: .acquiring) != seen }
+      pthread_mutex_lock(mutex)
+      defer { pthread_mutex_unlock(mutex) }
+      beds[thread].isTaken = true
+      while jobs.load(ordering: .relaxed) == seen { pthread_cond_wait(&beds[thread].bell, mutex) }
+      beds[thread].isTaken = false
+      seen = jobs.load(ordering: .relaxed)
+      guard isOpen, thread != absent else { continue }
+      came += 1
+      wakeTwo()
+      return work
+    }
   }
 
-  func finished() {
+  func leave() {
     pthread_mutex_lock(mutex)
-    if unfinished.wrappingSubtract(1, ordering: .releasing).newValue == 0 { pthread_cond_signal(done) }
+    if left.wrappingAdd(1, ordering: .releasing).newValue == awaited { pthread_cond_signal(done) }
     pthread_mutex_unlock(mutex)
+  }
+
+  /// Each that comes wakes two of those that sleep: who wakes many, begins late.
+  private func wakeTwo() {
+    var woken = 0
+    while woken < 2, unseen < threads {
+      if beds[unseen].isTaken, unseen != absent {
+        pthread_cond_signal(&beds[unseen].bell)
+        woken += 1
+      }
+      unseen += 1
+    }
   }
 }

@@ -1,3 +1,4 @@
+import CHints
 import CHwloc
 import Glibc
 
@@ -17,6 +18,8 @@ package final class Topology {
   package let processor: String
   /// The usable cores, neighbours in cache and memory next to each other.
   package let cores: [Core]
+  /// The core of each processor, by the system's numbers.
+  private let coreOfProcessor: [Int: Int]
 
   /// Discovers this machine, or reads `description`: an hwloc synthetic string ("pack:2 core:4 pu:1") or an XML file.
   package init(description: UnsafePointer<CChar>? = nil) throws(Failure) {
@@ -37,6 +40,7 @@ package final class Topology {
     isThisMachine = hwloc_topology_is_thissystem(made) != 0
     if isThisMachine { Topology.restrictToCaller(made) }
     cores = Topology.places(in: made)
+    coreOfProcessor = Topology.cores(byProcessorIn: made)
     let package = hwloc_get_obj_by_type(made, HWLOC_OBJ_PACKAGE, 0)
     processor = package.flatMap { hwloc_obj_get_info_by_name($0, "CPUModel") }.map { String(cString: $0) } ?? ""
   }
@@ -69,6 +73,9 @@ package final class Topology {
     }
     return hwloc_set_cpubind(handle, core.pointee.cpuset, Int32(HWLOC_CPUBIND_THREAD.rawValue)) == 0
   }
+
+  /// Where the calling thread is, if that is one of the cores.
+  package var coreOfCallingThread: Int? { coreOfProcessor[Int(sched_getcpu())] }
 
   private static func load(_ handle: hwloc_topology_t, _ description: UnsafePointer<CChar>?) throws(Failure) {
     if let description {
@@ -130,11 +137,22 @@ package final class Topology {
     hwloc_get_nbobjs_by_type(handle, HWLOC_OBJ_CORE) > 0 ? HWLOC_OBJ_CORE : HWLOC_OBJ_PU
   }
 
+  private static func all(_ type: hwloc_obj_type_t, in handle: hwloc_topology_t) -> [hwloc_obj_t?] {
+    (0..<max(0, Int(hwloc_get_nbobjs_by_type(handle, type)))).map { hwloc_get_obj_by_type(handle, type, UInt32($0)) }
+  }
+
+  private static func cores(byProcessorIn handle: hwloc_topology_t) -> [Int: Int] {
+    var cores: [Int: Int] = [:]
+    for processor in all(HWLOC_OBJ_PU, in: handle) {
+      let core = hwloc_get_ancestor_obj_by_type(handle, coreType(handle), processor) ?? processor
+      cores[Int(processor!.pointee.os_index)] = Int(core!.pointee.logical_index)
+    }
+    return cores
+  }
+
   private static func places(in handle: hwloc_topology_t) -> [Core] {
-    let type = coreType(handle)
     let caches = hwloc_get_nbobjs_by_type(handle, HWLOC_OBJ_L3CACHE) > 0 ? HWLOC_OBJ_L3CACHE : HWLOC_OBJ_L2CACHE
-    return (0..<max(0, Int(hwloc_get_nbobjs_by_type(handle, type)))).map { index in
-      let core = hwloc_get_obj_by_type(handle, type, UInt32(index))
+    return all(coreType(handle), in: handle).map { core in
       func above(_ kind: hwloc_obj_type_t) -> Int {
         hwloc_get_ancestor_obj_by_type(handle, kind, core).map { Int($0.pointee.logical_index) } ?? 0
       }

@@ -1,0 +1,112 @@
+import Foundation
+import Synchronization
+import Testing
+
+@testable import FasterMoE
+
+/// Who works on a job, and that nobody is still at it when the call returns.
+struct TeamTests {
+  /// Every task counted where it is done, by threads that note themselves.
+  final class Count: TeamWork {
+    var team: Team!
+    private var tasks = 0
+    private let done = UnsafeMutablePointer<Int>.allocate(capacity: 40)
+    /// [threads] how often each thread was called, and whether by the thread that called `run`.
+    let calls: UnsafeMutablePointer<Int>
+    let byCaller: UnsafeMutablePointer<Bool>
+    private let threads: Int
+    var caller = pthread_self()
+    var spins = 0
+
+    init(threads: Int) {
+      self.threads = threads
+      calls = .allocate(capacity: threads)
+      byCaller = .allocate(capacity: threads)
+    }
+    deinit {
+      done.deallocate()
+      calls.deallocate()
+      byCaller.deallocate()
+    }
+
+    func prepare(tasks: Int, spins: Int) {
+      self.tasks = tasks
+      done.update(repeating: 0, count: tasks)
+      calls.update(repeating: 0, count: threads)
+      byCaller.update(repeating: false, count: threads)
+      (caller, self.spins) = (pthread_self(), spins)
+    }
+
+    override func work(thread: Int) {
+      calls[thread] += 1
+      byCaller[thread] = pthread_equal(caller, pthread_self()) != 0
+      while case let task = team!.take(), task < tasks {
+        for _ in 0..<spins { sched_yield() }
+        done[task] += 1
+      }
+    }
+
+    var isEachDoneOnce: Bool { (0..<tasks).allSatisfy { done[$0] == 1 } }
+  }
+
+  /// A team whose caller works in turns instead of each thread, or never.
+  static func team(_ threads: Int, callerWorks: Bool) throws -> (Team, Count) {
+    nonisolated(unsafe) var turn = 0
+    func seat() -> Int {
+      turn += 1
+      return turn % threads
+    }
+    let team = try Team(threads: threads, callersSeat: callerWorks ? seat : nil) { _ in }
+    let count = Count(threads: threads)
+    count.team = team
+    return (team, count)
+  }
+
+  @Test(arguments: [1, 2, 3, 6], [false, true])
+  func everyTaskIsDoneOnce(threads: Int, callerWorks: Bool) throws {
+    let (team, count) = try TeamTests.team(threads, callerWorks: callerWorks)
+    var numbers = Numbers(UInt64(threads))
+    for job in 0..<400 {
+      // Some jobs are over before a thread wakes, some begin while it still looks for the next one.
+      if job % 4 == 0 { usleep(UInt32(numbers.below(600))) }
+      count.prepare(tasks: numbers.below(40), spins: numbers.below(30))
+      let isSmall = job % 7 == 3
+      team.run(count, isSmall: isSmall)
+      #expect(count.isEachDoneOnce)
+      let called = (0..<threads).filter { count.calls[$0] > 0 }
+      #expect(called.allSatisfy { count.calls[$0] == 1 })
+      #expect(called.count { count.byCaller[$0] } == (callerWorks || isSmall ? 1 : 0))
+      #expect(!isSmall || called.count == 1)
+      #expect(callerWorks || isSmall || called.count == threads)
+    }
+  }
+
+  @Test(arguments: [1, 2, 5])
+  func everyThreadBegins(threads: Int) throws {
+    let (team, count) = try TeamTests.team(threads, callerWorks: true)
+    for job in 0..<100 {
+      if job % 3 == 0 { usleep(500) }
+      count.prepare(tasks: 20, spins: 3)
+      team.begin(count)
+      team.finish()
+      #expect(count.isEachDoneOnce)
+      #expect((0..<threads).allSatisfy { count.calls[$0] == 1 && !count.byCaller[$0] })
+      count.prepare(tasks: 20, spins: 0)
+      team.run(count)
+      #expect(count.isEachDoneOnce)
+    }
+  }
+
+  /// Threads that wake for a job that is over find no work that is gone, and a team that goes takes them along.
+  @Test func whoComesTooLateTouchesNothing() throws {
+    for round in 0..<200 {
+      var made = Optional(try TeamTests.team(3, callerWorks: true))
+      if round % 2 == 0 { usleep(400) }
+      made!.1.prepare(tasks: 1, spins: 0)
+      made!.0.run(made!.1)
+      #expect(made!.1.isEachDoneOnce)
+      made!.1.team = nil
+      made = nil
+    }
+  }
+}
