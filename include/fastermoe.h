@@ -71,8 +71,8 @@ typedef struct fmoe_cluster fmoe_cluster; /* a machine room as numbers: workers,
 
 /* ---- group: who works together, over what, on which cores ---------------------------------
  * A rank computes on threads of its own, soon asleep between calls: one for each core of its share.  Ranks that may use the same
- * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.  A rank that shares its
- * cores with no other computes on the calling thread, too, in place of one of them.
+ * cores of a machine share them out, neighbours to neighbours; taskset and mpirun's binding are heeded.  Where no others share
+ * them out with it, or with bind = 1, a rank computes on the calling thread, too, in place of one of its own.
  * Calls on a rank's group and on all that hangs from it are taken one at a time; a second host thread waits.
  * With fmoe_group_create_local, each rank's calls come from a thread of its own: collective calls wait for the others. */
 typedef struct fmoe_message {             /* one leg of an exchange */

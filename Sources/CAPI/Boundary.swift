@@ -8,12 +8,11 @@ import Glibc
 /// Runs one call of the C interface and turns its failure into a status, the text kept for `fmoe_last_error`.
 /// A call that all ranks make together looks at the reserve when it can tell the others.
 func answer(together isTogether: Bool = false, _ call: () throws(Failure) -> Void) -> fmoe_status {
-  // Here, and on threads that the call makes, the same numbers have the same sums, whatever the host does with its own.
-  let floats = hint_plain_floats()
-  defer { hint_floats_as(floats) }
   do throws(Failure) {
-    if !isTogether { try Reserve.fill() }
-    try call()
+    try withPlainFloats { () throws(Failure) in
+      if !isTogether { try Reserve.fill() }
+      try call()
+    }
     return FMOE_OK
   } catch {
     LastError.set(error.message)
@@ -31,6 +30,15 @@ func answer(together isTogether: Bool = false, _ call: () throws(Failure) -> Voi
     case .internalDefect: FMOE_ERROR_INTERNAL
     }
   }
+}
+
+/// In `body`, and on threads that it makes, the same numbers have the same sums, whatever the host does with its own: rounds
+/// otherwise, flushes subnormal numbers, traps.
+func withPlainFloats<R, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
+  var before = fenv_t()
+  hint_plain_floats(&before)
+  defer { fesetenv(&before) }
+  return try body()
 }
 
 /// The text of each thread's latest failure, in memory that the thread's end gives back.

@@ -355,7 +355,7 @@ public func fmoe_cluster_size(_ cluster: OpaquePointer!) -> Int32 {
 @_cdecl("fmoe_cluster_remote_share") @implementation
 public func fmoe_cluster_remote_share(_ cluster: OpaquePointer!) -> Double {
   let box = try? object(cluster, "cluster", as: ClusterBox.self)
-  return box?.cluster.remoteShare ?? 0
+  return withPlainFloats { box?.cluster.remoteShare ?? 0 }
 }
 
 @_cdecl("fmoe_cluster_write") @implementation

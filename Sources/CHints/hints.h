@@ -114,21 +114,12 @@ static inline float hint_multiply_add(long rounds, float from) {
   return sums[0][0];
 }
 
-/* The calling thread's floating point from here on is what threads begin with: to nearest, subnormal numbers, no traps.
- * Returns what it was before, which `hint_floats_as` brings back. */
-static inline unsigned hint_plain_floats(void) {
-#ifdef __x86_64__
-  unsigned before = __builtin_ia32_stmxcsr();
-  __builtin_ia32_ldmxcsr(0x1F80);
-  return before;
-#else
-  return 0;
-#endif
-}
-static inline void hint_floats_as(unsigned before) {
-#ifdef __x86_64__
-  __builtin_ia32_ldmxcsr(before);
-#endif
+/* The calling thread's floating point from here on is what programs begin with: to nearest, subnormal numbers, no traps.
+ * What it was before goes to `before`, for fesetenv to bring back. */
+#include <fenv.h>
+static inline void hint_plain_floats(fenv_t *before) {
+  fegetenv(before);
+  fesetenv(FE_DFL_ENV);
 }
 
 /* Whether Intel made the processor: in what kernels must know of one, its kinds have much in common. */

@@ -1,7 +1,9 @@
 /* caller.c: threads of the host, which may compute in a call: nothing of theirs changes a result, and calls change nothing of
- * theirs. */
+ * theirs.  It runs where it stands: a cluster is a file of the repository. */
+#include <fenv.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
@@ -29,46 +31,80 @@ static fmoe_group *group_with(int32_t threads) {
 
 /* ---- how the host computes ----------------------------------------------------------------- */
 
-#ifdef __x86_64__
-/* Toward zero, without subnormal numbers, and with a trap for all but what is merely not exact. */
-static const unsigned odd = 0xE040 | 0x1000;
+static const int traps = FE_DIVBYZERO | FE_INVALID | FE_OVERFLOW | FE_UNDERFLOW;
 
-static void check_mode(const char *call) {
-  const unsigned now = _mm_getcsr();
-  _mm_setcsr(0x1F80);
-  CHECK(now == odd, "%s leaves the floating-point mode as %#x, not %#x", call, now, odd);
-  _mm_setcsr(odd);
+/* Toward zero, without subnormal numbers where that can be had, and with a trap for all but what is merely not exact. */
+static void be_odd(void) {
+  fesetenv(FE_DFL_ENV);
+  fesetround(FE_TOWARDZERO);
+#ifdef __x86_64__
+  _mm_setcsr(_mm_getcsr() | 0x8040);
+#endif
+  feenableexcept(traps);
 }
 
-static void test_floating_point_modes(void) {
+static void be_plain(void) { fesetenv(FE_DFL_ENV); }
+
+static void check_odd(const char *call) {
+  int same = fegetround() == FE_TOWARDZERO && fegetexcept() == traps && !fetestexcept(FE_ALL_EXCEPT);
+#ifdef __x86_64__
+  same = same && (_mm_getcsr() & 0x8040) == 0x8040;
+#endif
+  be_plain();
+  CHECK(same, "%s leaves another floating-point mode, or flags", call);
+  be_odd();
+}
+
+static void test_training_in_any_mode(void) {
   oracle *o = problem(FMOE_GELU);
   for (int32_t threads = 1; threads <= 2; threads++) {
     fmoe_group *groups[2];
     fmoe_layer *layers[2];
     batch b[2];
-    for (int strange = 0; strange < 2; strange++) {
-      const unsigned plain = _mm_getcsr();
-      if (strange) _mm_setcsr(odd);
-      groups[strange] = group_with(threads); /* whose threads have the mode of their maker */
-      if (strange) check_mode("fmoe_group_create_local"), _mm_setcsr(plain);
-      layers[strange] = layer_of(groups[strange], o);
-      b[strange] = batch_of(o, layers[strange]);
-      if (strange) _mm_setcsr(odd);
-      begin(&b[strange], layers[strange]);
-      if (strange) check_mode("fmoe_gate");
-      forward(&b[strange]);
-      if (strange) check_mode("fmoe_forward");
-      backward(&b[strange]);
-      if (strange) check_mode("fmoe_backward"), _mm_setcsr(plain);
-      read_gradients(&b[strange], layers[strange]);
+    for (int odd = 0; odd < 2; odd++) {
+      if (odd) be_odd();
+      groups[odd] = group_with(threads); /* whose threads have the mode of their maker */
+      if (odd) check_odd("fmoe_group_create_local"), be_plain();
+      layers[odd] = layer_of(groups[odd], o);
+      b[odd] = batch_of(o, layers[odd]);
+      if (odd) be_odd();
+      begin(&b[odd], layers[odd]);
+      if (odd) check_odd("fmoe_gate");
+      forward(&b[odd]);
+      if (odd) check_odd("fmoe_forward");
+      backward(&b[odd]);
+      if (odd) check_odd("fmoe_backward"), be_plain();
+      read_gradients(&b[odd], layers[odd]);
     }
     check_bits("the host's floating-point mode does not change bits", &b[1], &b[0]);
-    for (int strange = 0; strange < 2; strange++)
-      batch_free(&b[strange]), fmoe_layer_destroy(layers[strange]), fmoe_group_destroy(groups[strange]);
+    for (int odd = 0; odd < 2; odd++) batch_free(&b[odd]), fmoe_layer_destroy(layers[odd]), fmoe_group_destroy(groups[odd]);
   }
   oracle_destroy(o);
 }
-#endif
+
+/* Numbers of a file are read alike, and plans predicted. */
+static void test_planning_in_any_mode(void) {
+  fmoe_layer_options layer = FMOE_LAYER_OPTIONS_INIT;
+  layer.d_model = 1000, layer.d_hidden = 3000, layer.experts = 16;
+  int64_t counts[16 * 16];
+  for (int i = 0; i < 16 * 16; i++) counts[i] = i % 16 ? 100 + i % 7 : 900;
+  fmoe_plan_report reports[2] = {{.struct_size = sizeof reports[0]}, {.struct_size = sizeof reports[0]}};
+  double shares[2] = {0};
+  for (int odd = 0; odd < 2; odd++) {
+    fmoe_cluster *cluster = NULL;
+    if (odd) be_odd();
+    EXPECT(FMOE_OK, fmoe_cluster_read("../../Benchmarks/paper/johnny.json", &cluster));
+    if (odd) check_odd("fmoe_cluster_read");
+    EXPECT(FMOE_OK, fmoe_cluster_plan(cluster, &layer, counts, NULL, &reports[odd]));
+    if (odd) check_odd("fmoe_cluster_plan");
+    shares[odd] = fmoe_cluster_remote_share(cluster);
+    if (odd) check_odd("fmoe_cluster_remote_share"), be_plain();
+    fmoe_cluster_destroy(cluster);
+  }
+  CHECK(!memcmp(&reports[0], &reports[1], sizeof reports[0]), "%.17g and %.17g s", reports[0].seconds_planned,
+        reports[1].seconds_planned);
+  CHECK(shares[0] == shares[1] && shares[0] > 0, "%.17g and %.17g", shares[0], shares[1]);
+}
 
 /* ---- its place and its stack --------------------------------------------------------------- */
 
@@ -80,14 +116,32 @@ typedef struct trip {
 static void *travel(void *argument) {
   const trip *t = argument;
   cpu_set_t before, after;
-  CHECK(!sched_getaffinity(0, sizeof before, &before), "no affinity");
+  sigset_t mask, left;
+  sigemptyset(&mask), sigaddset(&mask, SIGUSR1);
+  CHECK(!sched_getaffinity(0, sizeof before, &before) && !pthread_sigmask(SIG_SETMASK, &mask, NULL), "no affinity, no mask");
   fmoe_group *group = group_with(t->threads);
   fmoe_layer *layer = layer_of(group, t->o);
   batch b = run(layer, t->o);
   check_batch("from a thread of its own", &b, t->o), check_gradients("from a thread of its own", &b, t->o);
   batch_free(&b);
-  fmoe_layer_destroy(layer), fmoe_group_destroy(group);
+  fmoe_layer_destroy(layer);
+  for (int32_t gate = FMOE_GATE_NOISY; gate <= FMOE_GATE_SWIPE; gate++) {
+    const int one = gate == FMOE_GATE_SWITCH || gate == FMOE_GATE_BASE;
+    fmoe_layer_options options = {.struct_size = sizeof options, .d_model = t->o->model, .d_hidden = 70, .experts = 60,
+                                  .top_k = one ? 1 : 2, .gate = gate, .activation = t->o->activation};
+    fmoe_pass *pass = NULL;
+    float *y = calloc((size_t)(t->o->tokens * t->o->model), sizeof *y), *x = calloc((size_t)(t->o->tokens * t->o->model), sizeof *x);
+    if (!x || !y) abort();
+    EXPECT(FMOE_OK, fmoe_layer_create(group, &options, &layer));
+    EXPECT(FMOE_OK, fmoe_gate(layer, x, t->o->tokens, &pass));
+    EXPECT(FMOE_OK, fmoe_forward(pass, y));
+    EXPECT(FMOE_OK, fmoe_backward(pass, y, x, NULL));
+    fmoe_pass_destroy(pass), fmoe_layer_destroy(layer), free(x), free(y);
+  }
+  fmoe_group_destroy(group);
   CHECK(!sched_getaffinity(0, sizeof after, &after) && CPU_EQUAL(&before, &after), "the caller was tied to other processors");
+  CHECK(!pthread_sigmask(SIG_SETMASK, NULL, &left) && sigismember(&left, SIGUSR1) == 1 && !sigismember(&left, SIGUSR2) &&
+            !sigismember(&left, SIGTERM), "the caller's signal mask was changed");
   return NULL;
 }
 
@@ -111,9 +165,8 @@ static void test_a_thread_with_a_small_stack(void) {
 }
 
 int main(void) {
-#ifdef __x86_64__
-  test_floating_point_modes();
-#endif
+  test_training_in_any_mode();
+  test_planning_in_any_mode();
   test_a_thread_with_a_small_stack();
   return summary();
 }

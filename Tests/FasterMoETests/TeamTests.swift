@@ -66,7 +66,7 @@ struct TeamTests {
   func everyTaskIsDoneOnce(threads: Int, callerWorks: Bool) throws {
     let (team, count) = try TeamTests.team(threads, callerWorks: callerWorks)
     var numbers = Numbers(UInt64(threads))
-    for job in 0..<400 {
+    for job in 0..<200 {
       // Some jobs are over before a thread wakes, some begin while it still looks for the next one.
       if job % 4 == 0 { usleep(UInt32(numbers.below(600))) }
       count.prepare(tasks: numbers.below(40), spins: numbers.below(30))
@@ -95,6 +95,70 @@ struct TeamTests {
       team.run(count)
       #expect(count.isEachDoneOnce)
     }
+  }
+
+  /// A job that the caller cannot end alone: its first task lasts until the others have one each.
+  @Test(arguments: [2, 3, 6])
+  func thoseThatSleepJoin(threads: Int) throws {
+    final class Together: TeamWork {
+      let team: Team
+      let taken = Atomic<Int>(0)
+      init(_ team: Team) { self.team = team }
+      override func work(thread: Int) {
+        guard team.take() < team.threads else { return }
+        taken.wrappingAdd(1, ordering: .relaxed)
+        team.wait { self.taken.load(ordering: .relaxed) == self.team.threads }
+      }
+    }
+    let (team, _) = try TeamTests.team(threads, callerWorks: true)
+    for job in 0..<30 {
+      if job % 2 == 0 { usleep(600) }
+      let work = Together(team)
+      team.run(work)
+      #expect(work.taken.load(ordering: .relaxed) == threads)
+    }
+  }
+
+  /// Who calls works instead of the thread of the core it is on, unless other ranks have some of those that it may be on.
+  @Test func callersWorkWhereTheirCoresAre() throws {
+    let topology = try Topology()
+    let cores = topology.cores.count
+    func check(_ group: Group, worksAs seat: Int?) throws {
+      let threads = group.team.threads
+      let count = Count(threads: threads)
+      count.team = group.team
+      count.prepare(tasks: 5, spins: 2)
+      group.team.run(count)
+      #expect((0..<threads).map { count.byCaller[$0] && count.calls[$0] > 0 } == (0..<threads).map { $0 == seat })
+      #expect(count.isEachDoneOnce)
+    }
+    var options = Group.Options()
+    let alone = try Group.local(1, options)[0]
+    onThreads(cores) { core in
+      guard topology.bindCallingThread(toCore: core) else { return }
+      #expect(topology.coreOfCallingThread == core)
+      try alone.exclusively { try check(alone, worksAs: core) }
+    }
+    // Together they would run on this thread; each has a job of its own here.
+    if cores > 1 { for group in try Group.local(2, options) { try check(group, worksAs: nil) } }
+    options.pins = false
+    options.threads = 2
+    for group in try Group.local(2, options) { try check(group, worksAs: 0) }
+  }
+
+  /// What one thread does before another wakes, and what it does not.
+  @Test func smallJobsAreSmall() throws {
+    func shape(_ experts: Int, _ model: Int) throws -> Shape {
+      try Shape(model: model, hidden: 4 * model, experts: experts, choices: 1, activation: .gelu)
+    }
+    func isSmall(_ tokens: Int, _ experts: Int, _ model: Int) throws -> Bool {
+      try Pass.floatsAtGate(tokens, columns: experts, shape(experts, model)) < Pass.fewFloats
+    }
+    #expect(try isSmall(1, 64, 512) && isSmall(16, 8, 256) && isSmall(64, 4, 64))
+    #expect(try !isSmall(500, 512, 64) && !isSmall(8000, 8, 8) && !isSmall(200, 8, 1024))
+    #expect(try Pass.floatsOfRows(64, shape(8, 256)) < Pass.fewFloats)
+    #expect(try Pass.floatsOfRows(8000, shape(8, 8)) > Pass.fewFloats)
+    #expect(try Pass.floatsAtGate(0, columns: 8, shape(8, 256)) == 0 && Pass.floatsOfRows(0, shape(8, 256)) == 0)
   }
 
   /// Threads that wake for a job that is over find no work that is gone, and a team that goes takes them along.

@@ -152,7 +152,7 @@ extension Pass {
   /// Has the owners of shadowed experts add what all workers made of their gradients.
   func gatherCopyGrads() throws(Failure) {
     guard !shadows.isEmpty else { return }
-    run(.addCopyGrads, floats: shadows.count * inbox.copyFloats)
+    run(.addCopyGrads, floats: copyGrads.count * shadows.count * inbox.copyFloats)
     if group.peers.shareMemory { try meet(as: .meetCopies) }
   }
 

@@ -289,7 +289,7 @@ package final class Pass: TeamWork {
     if group.size > 1 { recording.caller.add(kind, from: wasReady) }
   }
 
-  /// Has the team do a job that touches so many floats; 0: there is nothing to do.
+  /// Has the team do a job that takes the time of touching so many floats; 0: there is nothing to do.
   func run(_ job: Job, floats: Int) {
     guard floats > 0 else { return }
     self.job = job
@@ -297,11 +297,16 @@ package final class Pass: TeamWork {
   }
 
   /// One thread has them in its caches or reads them in some 15 microseconds, sooner than another wakes.
-  private static let fewFloats = 1 << 16
+  static let fewFloats = 1 << 16
 
-  /// The rows that this worker's tokens make, and what its gate reads.
-  var floatsOfRows: Int { count * shape.choices * shape.model }
-  var floatsAtGate: Int { count == 0 ? 0 : (count + layer!.columns) * shape.model }
+  var floatsOfRows: Int { Pass.floatsOfRows(count * shape.choices, shape) }
+  var floatsAtGate: Int { Pass.floatsAtGate(count, columns: layer!.columns, shape) }
+  /// As many as take the time of `rows` rows in all: to find one takes that of some floats, too.
+  static func floatsOfRows(_ rows: Int, _ shape: Shape) -> Int { rows * (shape.model + 64) }
+  /// And that of a gate: what it reads, its products, eight of which take the time of a float, and its choice among logits.
+  static func floatsAtGate(_ tokens: Int, columns: Int, _ shape: Shape) -> Int {
+    tokens == 0 ? 0 : (tokens + columns) * shape.model + tokens * columns * (shape.model / 8 + 8)
+  }
 
   package override func work(thread: Int) {
     let layer = layer!

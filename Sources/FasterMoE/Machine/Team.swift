@@ -57,7 +57,7 @@ package final class Team {
   }
 
   /// Has threads call `work.work(thread:)`, the caller alone if the work `isSmall`, and returns when those are done that
-  /// have come until one found nothing left to take. Not from inside a job.
+  /// had come when the caller found nothing left to take. Not from inside a job.
   package func run(_ work: TeamWork, isSmall: Bool = false) {
     let seat = isSmall ? 0 : callersSeat?()
     guard let seat else {
