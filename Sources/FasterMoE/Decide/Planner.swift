@@ -8,10 +8,7 @@ package struct Planner {
   private let cluster: Cluster
   /// Without shadows.
   private let none: Volumes
-  /// How many more times a worker's part in a step may be played.
-  private var plays = 0
-  /// Sizes of groups whose costs this plan has paid for: so it does not matter what was planned before.
-  private var paidSizes: [Int] = []
+  private var budget: PlayBudget
   /// Sizes of groups that are worth a look, in the order in which they are looked at.
   private var sizes: [Int] = []
   /// For `none`, and for what is looked at and forgotten.
@@ -35,13 +32,13 @@ package struct Planner {
     demand = Demand(traffic, shape, on: cluster)
     self.cluster = cluster
     none = Volumes(demand, in: memory)
+    budget = PlayBudget(workers: cluster.workers, experts: traffic.experts)
   }
 
   package mutating func plan(_ request: PlanRequest) throws(Failure) -> (plan: Plan, report: PlanReport) {
     try request.check()
     let mark = memory.mark
     defer { memory.release(to: mark) }
-    paidSizes = [cluster.workers]
     let plain = coarse(none)
     sizes = groupSizes(request)
     // Of a request for pairwise exchange, the coarse plan is no answer.
@@ -147,23 +144,11 @@ package struct Planner {
     return [first] + (others + found).filter { $0.shadows != first.shadows }
   }
 
-  /// Most prefixes whose schedules are played, and most pairs of workers over all of them: planning must stay small
-  /// beside what it plans.
+  /// Most prefixes whose schedules are played, and most pairs of workers over all of them.
   private static let mostSets = 8
   private static let mostPairs = 1 << 20
   /// So many are played, whatever it takes.
   private static let fewestSets = 3
-  /// Which share of a step planning may take, at so many seconds for each play of a worker's part in a step. With what is
-  /// not counted that is what an Emerald Rapids takes; a Zen 1 at 2.5 GHz, on which plays were last timed when they took a
-  /// third longer, takes more. With fewer plays some plans are up to 6 % slower.
-  private static let share = 0.01
-  private static let secondsEach = Seconds(1.15e-8)
-  /// Some 20 microseconds: with fewer, steps of milliseconds get plans that lose more than planning takes (`build/plan`).
-  private static let fewestPlays = 1 << 11
-  /// Some seconds, however long a step is.
-  private static let mostPlays = 1 << 28
-  /// What looking at a set, at its costs in some groups, and at a list of steps takes besides, in plays.
-  private static let playsEach = 40
   /// A plan that takes this many times what no other can beat is good enough.
   private static let enough = 1.005
 
@@ -201,8 +186,7 @@ package struct Planner {
   }
 
   private mutating func best(ofAll sets: [Candidate], _ request: PlanRequest, _ known: Choice?) -> Choice {
-    let worth = sets[0].least * Planner.share / Planner.secondsEach
-    plays = worth > Double(Planner.fewestPlays) ? Int(min(worth, Double(Planner.mostPlays))) : Planner.fewestPlays
+    budget.begin(sets[0].least)
     return best(sets, request, known)
   }
 
@@ -218,7 +202,7 @@ package struct Planner {
     // The first sets in groups of several sizes, each other one in the best of these; then in more, the best sets first.
     var best = sizes.first
     var tried: [(set: Candidate, volumes: Volumes, sizes: [Int], seconds: Seconds)] = []
-    for (index, set) in sets.enumerated() where !isEnough(set) && (plays > 0 || index < Planner.fewestSets) {
+    for (index, set) in sets.enumerated() where !isEnough(set) && (budget.left > 0 || index < Planner.fewestSets) {
       let volumes = volumes(set.shadows)
       let first = best.map { pairwise($0, volumes, below: chosen?.seconds) } ?? coarse(volumes)
       choose(first)
@@ -256,8 +240,8 @@ package struct Planner {
     while unchanged < experts {
       let (before, shadows) = (chosen.seconds, chosen.shadows)
       for change in ShadowChange.all(of: expert, in: shadows) {
-        plays -= 4 * cluster.workers + Planner.playsEach
-        guard plays > playsOfRefining(chosen) else { return }
+        budget.payBound()
+        guard budget.left > playsOfRefining(chosen) else { return }
         let least: Seconds
         switch change {
         case .adding: least = volumes.least(with: expert, without: nil)
@@ -279,8 +263,7 @@ package struct Planner {
 
   private mutating func pairwise(_ size: Int, _ volumes: Volumes, below limit: Seconds?) -> Choice {
     let groups = Groups(workers: cluster.workers, size: size)
-    plays -= playsOfCosts(groups)
-    if !paidSizes.contains(size) { paidSizes.append(size) }
+    budget.payCosts(groups)
     return pairwise(groups, volumes, Planner.orders(volumes.shadows.isEmpty), nil, below: limit)
   }
 
@@ -288,15 +271,7 @@ package struct Planner {
   private func isAffordable(_ size: Int, _ volumes: Volumes, _ parts: Int) -> Bool {
     let groups = Groups(workers: cluster.workers, size: size)
     let trips = 2 * Planner.orders(volumes.shadows.isEmpty).count
-    return parts * (playsOfCosts(groups) + trips * playsOfTrip(groups, volumes.shadows.count)) < plays
-  }
-  private func playsOfCosts(_ groups: Groups) -> Int {
-    let (workers, experts) = (cluster.workers, demand.traffic.experts)
-    let ways = Planner.playsEach + groups.count * workers / 2
-    return paidSizes.contains(groups.size) ? ways : ways + groups.count * experts + workers * (workers + experts) / 16
-  }
-  private func playsOfTrip(_ groups: Groups, _ shadows: Int) -> Int {
-    Planner.playsEach / 2 + cluster.workers * 3 * (groups.count + shadows)
+    return budget.allows(groups, trips: trips, shadows: volumes.shadows.count, inParts: parts)
   }
 
   /// The best of `orders` and of what is `known`, of each direction for itself: they follow one another. What cannot be below
@@ -308,20 +283,19 @@ package struct Planner {
     let mark = memory.mark
     defer { memory.release(to: mark) }
     let (costs, shadows, slowdown) = (StepCosts(groups, volumes, in: memory), volumes.shadows.count, cluster.slowdown)
-    let each = playsOfTrip(groups, shadows)
     let exchange = costs.leastExchange
     let (leastForward, leastBackward) = (max(volumes.leastForward, exchange), max(volumes.leastBackward, exchange))
     var choice = Choice(
       groups: groups, shadows: volumes.shadows, trips: ((Order(), leastForward), (Order(), leastBackward)),
       seconds: leastForward + leastBackward)
     if let limit, choice.seconds >= limit { return choice }
-    let forward = least(orders, known?.forward, leastForward, each) {
+    let forward = least(orders, known?.forward, leastForward, groups, shadows) {
       let steps = PlayedSteps(Steps.forward(groups, shadows: shadows, $0, in: $1), in: $1)
       return costs.forward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }
     choice.seconds = forward.seconds + leastBackward
     if let limit, choice.seconds >= limit { return choice }
-    let backward = least(orders, known?.backward, leastBackward, each) {
+    let backward = least(orders, known?.backward, leastBackward, groups, shadows) {
       let steps = PlayedSteps(Steps.backward(groups, shadows: shadows, $0, in: $1), in: $1)
       return costs.backward(steps, overlaps: true, slowdown: slowdown, in: $1)
     }
@@ -330,16 +304,17 @@ package struct Planner {
     return choice
   }
 
-  /// Until one takes no more than `bound`, as none takes less; each some `plays`.
+  /// Until one takes no more than `bound`, as none takes less.
   private mutating func least(
-    _ orders: [Order], _ known: Choice.Trip?, _ bound: Seconds, _ each: Int, _ seconds: (Order, Scratch) -> Seconds
+    _ orders: [Order], _ known: Choice.Trip?, _ bound: Seconds, _ groups: Groups, _ shadows: Int,
+    _ seconds: (Order, Scratch) -> Seconds
   ) -> Choice.Trip {
     var least = known ?? (orders[0], Seconds(.infinity))
     for order in orders where least.seconds.value > bound.value * Planner.same {
       let mark = memory.mark
       let other = seconds(order, memory)
       memory.release(to: mark)
-      plays -= each
+      budget.payTrip(groups, shadows: shadows)
       if other < least.seconds { least = (order, other) }
     }
     return least
@@ -367,7 +342,8 @@ package struct Planner {
   }
   private func playsOfRefining(_ chosen: Choice) -> Int {
     guard chosen.groups.count > 1 else { return 0 }
-    return 2 * Planner.otherOrders(chosen.shadows.isEmpty).count * playsOfTrip(chosen.groups, chosen.shadows.count)
+    let trips = 2 * Planner.otherOrders(chosen.shadows.isEmpty).count
+    return trips * budget.trip(chosen.groups, shadows: chosen.shadows.count)
   }
 
   /// All divisors of W, those that make two to four groups, and those of the places that workers share; not so small that

@@ -1,59 +1,11 @@
 import CHints
-import Synchronization
-
-/// What backward does with some blocks.
-enum Turn {
-  case rows(Range<Int>)
-  case weights(Range<Int>)
-  /// Each block's weight gradients `lag` blocks behind its rows', while what they need is in the caches.
-  case both(Range<Int>)
-
-  func tasks(_ rowTasks: Int, _ weightTasks: Int, lag: Int) -> Int {
-    switch self {
-    case .rows(let blocks): blocks.count * rowTasks
-    case .weights(let blocks): blocks.count * weightTasks
-    case .both(let blocks): blocks.isEmpty ? 0 : (blocks.count + lag) * (rowTasks + weightTasks)
-    }
-  }
-}
 
 /// The experts' work: rows in, rows out, and the same way back.
 extension PassContext {
   // MARK: Forward
 
-  /// Every row through its expert, each as soon as it is here.
-  func forward(blocks: Int) {
-    let cut = Cut(blocks: blocks, threads: team.threads)
-    // A task begins where the one before it ended, unless the thread had to wait.
-    var ready = Seconds.now
-    while case let task = team.take(), task < blocks * cut.forwardTasks {
-      let index = task / cut.forwardTasks
-      let block = inbox.blocks[index]
-      let (stage, part) = (task % cut.forwardTasks).quotientAndRemainder(dividingBy: cut.parts)
-      if cut.isByColumns(block) {
-        if stage == 1 { wait(for: inbox.rowTasksDone + index, cut.parts, &ready) }
-        let rows = 0..<Int(block.rows)
-        if stage == 0 {
-          makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .experts, &ready) {
-            inward(block, rows, $0, writesPast: false)
-          }
-        } else {
-          makeColumns(index, cut.columns(shape.model, part), rows: part == 0 ? rows.count : 0, .experts, &ready) {
-            outward(block, rows, $0, again: true)
-          }
-        }
-      } else if stage == 0 {
-        makeRows(index, cut.rows(block, part), .experts, &ready) {
-          inward(block, $0, 0..<shape.hidden, writesPast: inbox.innerIsFar)
-          outward(block, $0, 0..<shape.model, again: false)
-        }
-      }
-      inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
-    }
-  }
-
   /// Some hidden units of some rows of a block, whose pre-activations may be written past the caches.
-  private func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>, writesPast: Bool) {
+  func inward(_ block: Block, _ rows: Range<Int>, _ units: Range<Int>, writesPast: Bool) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = values(block)
     let slot = workspace.slot(thread, row: Int(block.row))
@@ -80,7 +32,7 @@ extension PassContext {
   }
 
   /// Some columns of the outputs of some rows of a block; hidden units are made `again` where other threads made some.
-  private func outward(_ block: Block, _ rows: Range<Int>, _ columns: Range<Int>, again: Bool) {
+  func outward(_ block: Block, _ rows: Range<Int>, _ columns: Range<Int>, again: Bool) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = values(block)
     let slot = workspace.slot(thread, row: Int(block.row))
@@ -125,85 +77,8 @@ extension PassContext {
 
   // MARK: Backward
 
-  /// Gradients of rows, weights and routing weights, in the order of `turns`.
-  ///
-  /// Tasks are taken in one order, so whoever waits, waits for a task already under way or for rows that are on their way
-  /// here.
-  func backward(blocks: Int, _ turns: [Turn]) {
-    let cut = Cut(blocks: blocks, threads: team.threads)
-    let rowTasks = cut.backwardTasks
-    let weightTasks = PassContext.weightTasks(shape)
-    var (turn, first) = (0, 0)
-    var ready = Seconds.now
-    while turn < turns.count {
-      let task = team.take()
-      while turn < turns.count, task >= first + turns[turn].tasks(rowTasks, weightTasks, lag: workspace.lag) {
-        first += turns[turn].tasks(rowTasks, weightTasks, lag: workspace.lag)
-        turn += 1
-      }
-      guard turn < turns.count else { return }
-      switch turns[turn] {
-      case .rows(let blocks):
-        makeRowGradients(blocks.lowerBound + (task - first) / rowTasks, (task - first) % rowTasks, cut, &ready)
-      case .weights(let blocks):
-        let block = blocks.lowerBound + (task - first) / weightTasks
-        makeWeightGradients(block, (task - first) % weightTasks, of: weightTasks, rowTasks, &ready)
-      case .both(let blocks):
-        let (round, part) = (task - first).quotientAndRemainder(dividingBy: rowTasks + weightTasks)
-        if part < rowTasks {
-          guard round < blocks.count else { continue }
-          // The slot's block before this one must have left it.
-          if round > workspace.lag {
-            wait(for: inbox.weightTasksDone + (round - workspace.lag - 1), weightTasks, &ready)
-          }
-          makeRowGradients(round, part, cut, &ready)
-        } else if round >= workspace.lag {
-          makeWeightGradients(round - workspace.lag, part - rowTasks, of: weightTasks, rowTasks, &ready)
-        }
-      }
-    }
-  }
-
-  private func makeRowGradients(_ index: Int, _ task: Int, _ cut: Cut, _ ready: inout Seconds) {
-    let block = inbox.blocks[index]
-    let all = 0..<Int(block.rows)
-    let (stage, part) = task.quotientAndRemainder(dividingBy: cut.parts)
-    if cut.isByColumns(block) {
-      if stage > 0 { wait(for: inbox.rowTasksDone + index, stage * cut.parts, &ready) }
-      switch stage {
-      case 0:
-        makeColumns(index, cut.columns(shape.hidden, part), rows: 0, .expertGrads, &ready) {
-          // One keeps what the block's tasks share, the others read past it.
-          let grads = part == 0 ? workspace.slot(index, row: Int(block.row)).grads : desk.tokens
-          if part == 0 { keepRows(index, all) } else { grads.fill(rows: all.count) { gradRow(Int(block.row) + $0) } }
-          activationGradients(index, all, grads, $0) { place, _ in place.keepTile() }
-        }
-      case 1: makeRows(index, cut.singleRows(block, part), .expertGrads, &ready) { deactivate(index, $0) }
-      default:
-        makeColumns(index, cut.columns(shape.model, part), rows: 0, .expertGrads, &ready) {
-          inputGradients(index, all, $0)
-        }
-      }
-    } else if stage == 0 {
-      makeRows(index, cut.rows(block, part), .expertGrads, &ready) { backward(index, $0) }
-    }
-    inbox.rowTasksDone[index].wrappingAdd(1, ordering: .releasing)
-  }
-
-  private func makeWeightGradients(_ index: Int, _ part: Int, of parts: Int, _ rowTasks: Int, _ ready: inout Seconds) {
-    let block = inbox.blocks[index]
-    wait(for: inbox.rowTasksDone + index, rowTasks, &ready)
-    if block.previous >= 0 { wait(for: inbox.weightTasksDone + Int(block.previous), parts, &ready) }
-    if journey.begin() {
-      addWeightGradients(index, part)
-      journey.isDone()
-      ready = lane.addTask(.weightGrads, block: index, rows: Int(block.rows), from: ready)
-    }
-    inbox.weightTasksDone[index].wrappingAdd(1, ordering: .releasing)
-  }
-
   /// Some rows of a block backwards: gradients of their pre-activations, inputs and routing weights.
-  private func backward(_ index: Int, _ rows: Range<Int>) {
+  func backward(_ index: Int, _ rows: Range<Int>) {
     let slot = workspace.slot(index, row: Int(inbox.blocks[index].row))
     keepRows(index, rows)
     clearRowSums(rows)
@@ -215,7 +90,7 @@ extension PassContext {
   }
 
   /// What the gradients of weights need, too: x, dy and the routing weight of some rows; and <dy, b2>, while dy is near.
-  private func keepRows(_ index: Int, _ rows: Range<Int>) {
+  func keepRows(_ index: Int, _ rows: Range<Int>) {
     let first = Int(inbox.blocks[index].row)
     let slot = workspace.slot(index, row: first)
     let bias = values(inbox.blocks[index]).outwardBias
@@ -234,7 +109,7 @@ extension PassContext {
 
   /// g = dy·W2 of some rows and hidden units, tile by tile.
   @inline(__always)
-  private func activationGradients(
+  func activationGradients(
     _ index: Int, _ rows: Range<Int>, _ grads: Panels, _ units: Range<Int>, _ body: (HiddenTile, _ row: Int) -> Void
   ) {
     let block = inbox.blocks[index]
@@ -284,7 +159,7 @@ extension PassContext {
   }
 
   /// Some rows whose g stands in the place of their hidden units.
-  private func deactivate(_ index: Int, _ rows: Range<Int>) {
+  func deactivate(_ index: Int, _ rows: Range<Int>) {
     let block = inbox.blocks[index]
     let slot = workspace.slot(index, row: Int(block.row))
     clearRowSums(rows)
@@ -301,7 +176,7 @@ extension PassContext {
   }
 
   /// dx = du·W1 of some rows, some of its columns.
-  private func inputGradients(_ index: Int, _ rows: Range<Int>, _ columns: Range<Int>) {
+  func inputGradients(_ index: Int, _ rows: Range<Int>, _ columns: Range<Int>) {
     let (d, h) = (shape.model, shape.hidden)
     let expert = values(inbox.blocks[index])
     let first = Int(inbox.blocks[index].row) + rows.lowerBound
@@ -353,7 +228,7 @@ extension PassContext {
 
   /// One task's share of dW2 += dyᵀ·(s a), dW1 += duᵀ·x and the biases' sums, each over W: what adds up here are the
   /// losses of all workers, and a gradient is that of their mean.
-  private func addWeightGradients(_ index: Int, _ part: Int) {
+  func addWeightGradients(_ index: Int, _ part: Int) {
     let (d, h) = (shape.model, shape.hidden)
     let block = inbox.blocks[index]
     let grads = grads(block)
@@ -394,36 +269,5 @@ extension PassContext {
   private func grads(_ block: Block) -> ExpertTensors {
     let copy = Int(block.expert) - layer.owned.count
     return copy < 0 ? ExpertTensors(layer.gradients, Int(block.expert), shape) : inbox.copies[copy].grads
-  }
-
-  // MARK: Tasks
-
-  /// A task for some rows of a block, once they are here.
-  @inline(__always)
-  private func makeRows(
-    _ index: Int, _ rows: Range<Int>, _ kind: Recording.Kind, _ ready: inout Seconds, _ work: (Range<Int>) -> Void
-  ) {
-    guard !rows.isEmpty, journey.wait(team, for: inbox.blocks[index], rows, &ready) else { return }
-    work(rows)
-    journey.isDone()
-    ready = lane.addTask(kind, block: index, rows: rows.count, from: ready)
-  }
-
-  /// A task for some columns of all rows of a block, as which `rows` count in what is recorded.
-  @inline(__always)
-  private func makeColumns(
-    _ index: Int, _ columns: Range<Int>, rows: Int, _ kind: Recording.Kind, _ ready: inout Seconds,
-    _ work: (Range<Int>) -> Void
-  ) {
-    let block = inbox.blocks[index]
-    guard !columns.isEmpty, journey.wait(team, for: block, 0..<Int(block.rows), &ready) else { return }
-    work(columns)
-    journey.isDone()
-    ready = lane.addTask(kind, block: index, rows: rows, from: ready)
-  }
-
-  /// `ready` is set to now if the thread had to wait.
-  private func wait(for done: UnsafeMutablePointer<Atomic<Int>>, _ tasks: Int, _ ready: inout Seconds) {
-    if team.wait(until: { done.pointee.load(ordering: .acquiring) >= tasks }) { ready = .now }
   }
 }
