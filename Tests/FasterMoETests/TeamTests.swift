@@ -52,11 +52,11 @@ struct TeamTests {
   /// A team whose caller works in turns instead of each thread, or never.
   static func team(_ threads: Int, callerWorks: Bool) throws -> (Team, Count) {
     nonisolated(unsafe) var turn = 0
-    func seat() -> Int {
+    func seat() -> Int? {
       turn += 1
-      return turn % threads
+      return callerWorks ? turn % threads : nil
     }
-    let team = try Team(threads: threads, callersSeat: callerWorks ? seat : nil) { _ in }
+    let team = try Team(threads: threads, callersSeat: seat) { _ in }
     let count = Count(threads: threads)
     count.team = team
     return (team, count)
@@ -138,6 +138,17 @@ struct TeamTests {
       guard topology.bindCallingThread(toCore: core) else { return }
       #expect(topology.coreOfCallingThread == core)
       try alone.exclusively { try check(alone, worksAs: core) }
+    }
+    // A group that may use one core alone, and a caller elsewhere.
+    if cores > 1 {
+      nonisolated(unsafe) var narrow: Group?
+      onThreads(1) { _ in
+        if topology.bindCallingThread(toCore: 0) { narrow = try Group.local(1, options)[0] }
+      }
+      onThreads(2) { core in
+        guard let narrow, topology.bindCallingThread(toCore: core) else { return }
+        try narrow.exclusively { try check(narrow, worksAs: core == 0 ? 0 : nil) }
+      }
     }
     // Together they would run on this thread; each has a job of its own here.
     if cores > 1 { for group in try Group.local(2, options) { try check(group, worksAs: nil) } }

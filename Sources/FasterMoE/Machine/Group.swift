@@ -145,13 +145,13 @@ package final class Group {
     // Where the system refuses to tie a thread, as some containers do, its scheduler places it.
     let pins = options.pins && topology.isThisMachine && threads <= share.count
     let first = share.lowerBound
-    // A caller that may run where this rank's threads may and nowhere else can do the work of one of them.
-    let isAtHome = !pins || share.count == topology.cores.count
-    func callersSeat() -> Int {
-      guard pins, let core = topology.coreOfCallingThread, (first..<first + threads).contains(core) else { return 0 }
-      return core - first
+    // A caller works if it is on a core of this rank's, and of no other's since all that the rank may use are its own.
+    func callersSeat() -> Int? {
+      guard pins else { return 0 }
+      guard share.count == topology.cores.count, let core = topology.coreOfCallingThread else { return nil }
+      return (first..<first + threads).contains(core) ? core - first : 0
     }
-    team = try Team(threads: threads, callersSeat: isAtHome ? callersSeat : nil) {
+    team = try Team(threads: threads, callersSeat: callersSeat) {
       if pins { _ = topology.bindCallingThread(toCore: first + $0) }
     }
     // Last, since nothing would give these back if the others failed.

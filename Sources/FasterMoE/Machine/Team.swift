@@ -16,13 +16,15 @@ package final class Team {
   private let seats: UnsafeMutablePointer<Seat>
   private var started = 0
   private let signal: Signal
-  private let callersSeat: (() -> Int)?
+  private let callersSeat: () -> Int?
   private let next = Atomic<Int>(0)
 
   /// Makes the threads; `place` is called on each new thread with its index, to tie it to its core.
   ///
-  /// `callersSeat` says, on the thread that calls `run`, instead of which thread that one may work.
-  package init(threads: Int, callersSeat: (() -> Int)?, place: @escaping (Int) -> Void) throws(Failure) {
+  /// `callersSeat` says, on the thread that calls `run`, instead of which thread that one is to work, if it is.
+  package init(
+    threads: Int, callersSeat: @escaping () -> Int?, place: @escaping (Int) -> Void
+  ) throws(Failure) {
     self.threads = threads
     self.callersSeat = callersSeat
     seats = .allocate(capacity: threads)
@@ -59,7 +61,7 @@ package final class Team {
   /// Has threads call `work.work(thread:)`, the caller alone if the work `isSmall`, and returns when those are done that
   /// had come when the caller found nothing left to take. Not from inside a job.
   package func run(_ work: TeamWork, isSmall: Bool = false) {
-    let seat = isSmall ? 0 : callersSeat?()
+    let seat = isSmall ? 0 : callersSeat()
     guard let seat else {
       begin(work)
       return finish()
