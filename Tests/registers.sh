@@ -11,7 +11,7 @@ for library; do
     END {
       for (name in products) {
         kernels++
-        if (stores[name] > products[name] / 3) { print library ": " name " stores " stores[name] " vectors on the stack"; bad++ }
+        if (stores[name] > 7 && stores[name] > products[name] / 10) { print library ": " name " stores " stores[name] " vectors on the stack"; bad++ }
       }
       print library ": " kernels " kernels, " bad + 0 " with sums in memory"
       exit !kernels || bad

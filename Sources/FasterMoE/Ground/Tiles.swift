@@ -19,18 +19,18 @@ package enum Tiles {
       // Strips are never packed in parts.
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
       switch high {
-      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next)
-      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile, next)
-      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile, next)
-      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile, next)
-      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile, next)
-      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile, next)
-      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile, next)
-      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile, next)
-      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile, next)
-      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile, next)
-      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile, next)
-      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next)
+      case 12: ProductTile<12, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 11: ProductTile<11, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 10: ProductTile<10, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 9: ProductTile<9, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 8: ProductTile<8, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 7: ProductTile<7, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 6: ProductTile<6, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 5: ProductTile<5, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 4: ProductTile<4, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 3: ProductTile<3, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 2: ProductTile<2, 2>.run(panel, panel, high, strip, depth, tile, next)
+      default: ProductTile<1, 2>.run(panel, panel, high, strip, depth, tile, next)
       }
     #else
       if begins { tile.update(repeating: 0, count: high &* Strip.width) }
@@ -58,8 +58,8 @@ package enum Tiles {
       _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
       _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
     ) {
-      ProductTile<M, 1>.run(panel, high, strip, depth, tile, next)
-      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16, next)
+      ProductTile<M, 1>.run(panel, panel, high, strip, depth, tile, next)
+      ProductTile<M, 1>.run(panel, panel, high, strip + 16, depth, tile + 16, next)
     }
   #endif
 
@@ -151,8 +151,8 @@ private enum DeskSink: TileSink {
 private enum ProductTile<let M: Int, let N: Int> {
   @inline(never)
   static func run(
-    _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
-    _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
+    _ panel: UnsafePointer<Float>, _ samePanel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
+    _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
   ) {
     #if WIDE_VECTORS
       var sums0 = InlineArray<M, Vector>(repeating: .zero)
@@ -161,9 +161,7 @@ private enum ProductTile<let M: Int, let N: Int> {
       var sums0 = InlineArray<M, Vector> { tile.vector(at: $0 &* 32) }
       var sums1 = InlineArray<M, Vector> { N > 1 ? tile.vector(at: $0 &* 32 &+ 16) : .zero }
     #endif
-    var a = panel
-    var b = strip
-    var later = next
+    var (a, again, b, later) = (panel, samePanel, strip, next)
     var left = depth
     while left > 0 {
       #if !WIDE_VECTORS
@@ -171,25 +169,52 @@ private enum ProductTile<let M: Int, let N: Int> {
         for i in 0..<M { hint_read_soon(later + i &* 16) }
         later += high &* 16
       #endif
-      var k = 0
-      let end = min(16, left)
-      while k < end {
-        let b0 = b.vector()
-        let b1 = N > 1 ? b.vector(at: 16) : .zero
-        b += 32
-        for i in 0..<M {
-          let x = Vector(repeating: a[k &+ i &* 16])
-          sums0[unchecked: i].addProduct(x, b0)
-          if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
-        }
-        k &+= 1
+      let terms = min(16, left)
+      for _ in 0..<terms / atOnce {
+        for next in 0..<atOnce { add(a + next, again + next, b + next &* 32, &sums0, &sums1) }
+        a += atOnce
+        again += atOnce
+        b += atOnce &* 32
       }
-      a += high &* 16
+      for _ in 0..<terms % atOnce {
+        add(a, again, b, &sums0, &sums1)
+        a += 1
+        again += 1
+        b += 32
+      }
+      a += high &* 16 &- terms
+      again += high &* 16 &- terms
       left &-= 16
     }
     for i in 0..<M {
       tile.store(sums0[unchecked: i], at: i &* 32)
       if N > 1 { tile.store(sums1[unchecked: i], at: i &* 32 &+ 16) }
+    }
+  }
+
+  /// Terms between two looks at how many are left.
+  #if WIDE_VECTORS
+    private static var atOnce: Int { 4 }
+  #else
+    private static var atOnce: Int { 1 }
+  #endif
+  /// Rows whose term is loaded once, into a register, for both vectors. Of the others each multiplication reads it itself,
+  /// which takes no instruction of its own: a core that runs another thread beside has too few of those, not of reads.
+  private static var shared: Int { 4 }
+
+  /// One term of all sums: one of each row of the panel, times the row of the strip at `b`. `again` is `a`; did the compiler
+  /// know, it would load each but once.
+  @inline(__always)
+  private static func add(
+    _ a: UnsafePointer<Float>, _ again: UnsafePointer<Float>, _ b: UnsafePointer<Float>,
+    _ sums0: inout InlineArray<M, Vector>, _ sums1: inout InlineArray<M, Vector>
+  ) {
+    let b0 = b.vector()
+    let b1 = N > 1 ? b.vector(at: 16) : .zero
+    for i in 0..<M {
+      let x = Vector(repeating: a[i &* 16])
+      sums0[unchecked: i].addProduct(x, b0)
+      if N > 1 { sums1[unchecked: i].addProduct(i < shared ? x : Vector(repeating: again[i &* 16]), b1) }
     }
   }
 }
