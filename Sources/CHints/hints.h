@@ -15,6 +15,17 @@ static inline void hint_written_past(void) {
 #endif
 }
 
+/* The same count and the same place, of which the compiler is to know nothing: else it unrolls a loop until what it sums up
+ * falls out of the registers, and keeps in a register what an instruction can read on its way. */
+static inline long hint_any_count(long count) {
+  __asm__("" : "+r"(count));
+  return count;
+}
+static inline const float *hint_any_place(const float *place) {
+  __asm__("" : "+r"(place));
+  return place;
+}
+
 /* And a square root of 16 lanes at once: Swift's own goes lane by lane. */
 __attribute__((always_inline)) static inline hint_lanes hint_square_root(hint_lanes x) {
   return __builtin_elementwise_sqrt(x);

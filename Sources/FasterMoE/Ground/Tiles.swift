@@ -19,18 +19,18 @@ package enum Tiles {
       // Strips are never packed in parts.
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
       switch high {
-      case 12: ProductTile<12, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 11: ProductTile<11, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 10: ProductTile<10, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 9: ProductTile<9, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 8: ProductTile<8, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 7: ProductTile<7, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 6: ProductTile<6, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 5: ProductTile<5, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 4: ProductTile<4, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 3: ProductTile<3, 2>.run(panel, panel, high, strip, depth, tile, next)
-      case 2: ProductTile<2, 2>.run(panel, panel, high, strip, depth, tile, next)
-      default: ProductTile<1, 2>.run(panel, panel, high, strip, depth, tile, next)
+      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next)
+      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile, next)
+      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile, next)
+      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile, next)
+      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile, next)
+      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile, next)
+      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile, next)
+      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile, next)
+      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile, next)
+      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile, next)
+      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile, next)
+      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next)
       }
     #else
       if begins { tile.update(repeating: 0, count: high &* Strip.width) }
@@ -58,8 +58,8 @@ package enum Tiles {
       _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
       _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
     ) {
-      ProductTile<M, 1>.run(panel, panel, high, strip, depth, tile, next)
-      ProductTile<M, 1>.run(panel, panel, high, strip + 16, depth, tile + 16, next)
+      ProductTile<M, 1>.run(panel, high, strip, depth, tile, next)
+      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16, next)
     }
   #endif
 
@@ -151,8 +151,8 @@ private enum DeskSink: TileSink {
 private enum ProductTile<let M: Int, let N: Int> {
   @inline(never)
   static func run(
-    _ panel: UnsafePointer<Float>, _ samePanel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
-    _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
+    _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
+    _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
   ) {
     #if WIDE_VECTORS
       var sums0 = InlineArray<M, Vector>(repeating: .zero)
@@ -161,7 +161,7 @@ private enum ProductTile<let M: Int, let N: Int> {
       var sums0 = InlineArray<M, Vector> { tile.vector(at: $0 &* 32) }
       var sums1 = InlineArray<M, Vector> { N > 1 ? tile.vector(at: $0 &* 32 &+ 16) : .zero }
     #endif
-    var (a, again, b, later) = (panel, samePanel, strip, next)
+    var (a, again, b, later) = (panel, hint_any_place(panel)!, strip, next)
     var left = depth
     while left > 0 {
       #if !WIDE_VECTORS
@@ -230,21 +230,37 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
     var sums1 = InlineArray<M, Vector>(repeating: .zero)
     var sums2 = InlineArray<M, Vector>(repeating: .zero)
     var first = 0
+    #if WIDE_VECTORS
+      if rows >= OuterTile.many {
+        // Whole panels, while the same rows of the next one are asked for: no prefetcher foresees the way there.
+        let size = Panels.height &* 16
+        let (leftOn, rightOn) = (size &* left.blocks, size &* right.blocks)
+        var panelOfLeft = UnsafePointer(left.base) + ((column / 16) &* size &+ column % 16)
+        var panelOfRight = UnsafePointer(right.base) + (block &* size)
+        while first &+ Panels.height < rows {
+          var (a, b) = (panelOfLeft, panelOfRight)
+          for _ in 0..<hint_any_count(Panels.height / 2) {
+            for next in 0..<2 {
+              hint_read_soon(a + (leftOn &+ next &* 16))
+              for i in 0..<N { hint_read_soon(b + (rightOn &+ i &* size &+ next &* 16)) }
+              add(a + next &* 16, b + next &* 16, size, &sums0, &sums1, &sums2)
+            }
+            a += 32
+            b += 32
+          }
+          panelOfLeft += leftOn
+          panelOfRight += rightOn
+          first &+= Panels.height
+        }
+      }
+    #endif
     while first < rows {
       let high = min(Panels.height, rows &- first)
       let size = high &* 16
       var a = UnsafePointer(left.panel(first)) + ((column / 16) &* size &+ column % 16)
       var b = UnsafePointer(right.panel(first)) + (block &* size)
       for _ in 0..<high {
-        let b0 = b.vector()
-        let b1 = N > 1 ? b.vector(at: size) : .zero
-        let b2 = N > 2 ? b.vector(at: 2 &* size) : .zero
-        for i in 0..<M {
-          let x = Vector(repeating: a[i])
-          sums0[unchecked: i].addProduct(x, b0)
-          if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
-          if N > 2 { sums2[unchecked: i].addProduct(x, b2) }
-        }
+        add(a, b, size, &sums0, &sums1, &sums2)
         a += 16
         b += 16
       }
@@ -256,6 +272,26 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
       Sink.put(sums0[unchecked: i], times: factor, at: row)
       if N > 1 { Sink.put(sums1[unchecked: i], times: factor, at: row + 16) }
       if N > 2 { Sink.put(sums2[unchecked: i], times: factor, at: row + 32) }
+    }
+  }
+
+  /// From so many rows on, four panels, most of a tile's time is that of panels with another one behind them.
+  private static var many: Int { 4 * Panels.height }
+
+  /// What one row adds to all sums: M of its left columns from `a`, times its right blocks, `size` apart from `b`.
+  @inline(__always)
+  private static func add(
+    _ a: UnsafePointer<Float>, _ b: UnsafePointer<Float>, _ size: Int, _ sums0: inout InlineArray<M, Vector>,
+    _ sums1: inout InlineArray<M, Vector>, _ sums2: inout InlineArray<M, Vector>
+  ) {
+    let b0 = b.vector()
+    let b1 = N > 1 ? b.vector(at: size) : .zero
+    let b2 = N > 2 ? b.vector(at: 2 &* size) : .zero
+    for i in 0..<M {
+      let x = Vector(repeating: a[i])
+      sums0[unchecked: i].addProduct(x, b0)
+      if N > 1 { sums1[unchecked: i].addProduct(x, b1) }
+      if N > 2 { sums2[unchecked: i].addProduct(x, b2) }
     }
   }
 }
