@@ -1,5 +1,5 @@
 /* faults.c: several workers when one of them is wrong: it passes what it may not pass, or calls what the others do not.
- * Every rank gets a status, and the group goes on to the right results.  Ranks that are lost are in losses.c. */
+ * Every rank gets a status, and the group goes on to the right results.  Ranks that are lost are in losses.c and deaths.c. */
 #include <stddef.h>
 
 #include "seat.h"

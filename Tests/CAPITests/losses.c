@@ -1,18 +1,13 @@
-/* losses.c: several workers when one of them is late, silent, cut off or dead.  Every rank gets a status, and nobody waits
- * longer than it asked to. */
+/* losses.c: several workers when one of them is late, silent or cut off, or its transport fails.  Every rank gets a status,
+ * and nobody waits longer than it asked to.  Processes that die are in deaths.c. */
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "seat.h"
-#include "sockets.h"
 
 /* ---- one rank is lost ---------------------------------------------------------------------- */
-
-static int is_lost(fmoe_status status) { return status == FMOE_ERROR_PEER || status == FMOE_ERROR_TIMEOUT; }
 
 /* A time-out has to be waited for, so most are short; but where the machine stands still for that long, ranks give up that
  * only should have begun, and a run tells nothing.  Then the next time-out is tried; the last one must do. */
@@ -32,20 +27,6 @@ static int get_to(int place, seat *at, crew *c, int32_t rank) {
 static crew *impatient_crew(int32_t ranks, int over_mailbox, double timeout) {
   const crew_options options = {.ranks = ranks, .over_mailbox = over_mailbox, .timeout = timeout};
   return over_mailbox ? crew_without_groups(options) : crew_create(options);
-}
-
-/* In a broken group every collective call fails; whether none of them waited for it. */
-static int is_broken(const char *what, seat *at, double at_once) {
-  int waits = 0;
-  for (int turn = 0; turn < 4; turn++) {
-    double start = seconds();
-    fmoe_status status = turn == 0 || !at->layer ? call(at, CREATE) : turn == 1 ? start_pass(at, 0)
-                         : turn == 2                                ? start_pass(at, 1)
-                                                                    : call(at, REDUCE);
-    if (seconds() - start >= at_once) waits = 1;
-    CHECK(is_lost(status), "%s: call %d of a broken group: %s", what, turn, fmoe_status_name(status));
-  }
-  return !waits;
 }
 
 enum { POISON = 0xa5 };
@@ -341,86 +322,10 @@ static void test_failing_transport(void) {
            "FMOE_ERROR_PEER or FMOE_ERROR_TIMEOUT on every rank, in time");
 }
 
-/* ---- a process dies ------------------------------------------------------------------------ */
-
-typedef struct death {
-  spread *s;
-  int32_t victim;
-  int place;      /* the call in which it dies */
-  int64_t starts; /* at which start of its transport; 0: before the call */
-} death;
-
-static const double socket_timeout = 5;
-
-/* One rank's process; returns its exit code, if it lives. */
-static int run_process(sockets *wire, int32_t rank, const death *d) {
-  const int is_victim = rank == d->victim;
-  fmoe_transport transport = sockets_transport(wire, rank);
-  fmoe_group_options options = {.struct_size = sizeof options, .threads = 1, .bind = 1,
-                                .timeout_seconds = socket_timeout};
-  seat at = {.o = d->s->part[rank]};
-  fmoe_status status = FMOE_OK;
-  EXPECT(FMOE_OK, fmoe_group_create(&transport, &options, &at.group));
-  for (int place = CREATE; place <= PLACES && status == FMOE_OK; place++) {
-    if (is_victim && place == d->place && !d->starts) raise(SIGKILL);
-    if (is_victim && place == d->place) sockets_die(wire, d->starts);
-    double start = seconds();
-    status = call(&at, place < PLACES ? place : REDUCE);
-    if (is_victim && place == d->place) raise(SIGKILL); /* fewer starts than that */
-    CHECK(seconds() - start < socket_timeout + slack, "rank %d: %s took %.3f s", rank,
-          place < PLACES ? place_names[place] : "the last call", seconds() - start);
-    /* In the call of the death a rank may have had all it needed; in the next it has not. */
-    CHECK(place < d->place ? status == FMOE_OK : is_lost(status) || (place == d->place && status == FMOE_OK),
-          "rank %d, where %d dies in %s: call %d: %s", rank, d->victim, place_names[d->place], place,
-          fmoe_status_name(status));
-  }
-  CHECK(is_broken("a peer died", &at, socket_timeout), "waited in a broken group");
-  leave_seat(&at), fmoe_group_destroy(at.group);
-  check_life_goes_on();
-  return failed != 0;
-}
-
-static void check_death(death d) {
-  enum { RANKS = 3 };
-  sockets *wire = sockets_create(RANKS);
-  pid_t children[RANKS];
-  fflush(stdout);
-  for (int32_t r = 0; r < RANKS; r++) {
-    if ((children[r] = fork()) < 0) abort();
-    if (children[r]) continue;
-    begin_test("faults: a process whose peer dies", 100);
-    int code = run_process(wire, r, &d);
-    fflush(stdout);
-    _exit(code);
-  }
-  sockets_close(wire);
-  for (int32_t r = 0; r < RANKS; r++) {
-    int status;
-    if (waitpid(children[r], &status, 0) != children[r]) abort();
-    CHECK(r == d.victim ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL
-                        : WIFEXITED(status) && WEXITSTATUS(status) == 0,
-          "rank %d of %d, where rank %d dies in %s at start %lld: %s %d", r, RANKS, d.victim, place_names[d.place],
-          (long long)d.starts, WIFSIGNALED(status) ? "signal" : "exit",
-          WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-  }
-}
-
-static void test_dying_process(void) {
-  death d = {.s = small_spread(3, GATED)};
-  int deaths = 1;
-  check_death((death){.s = d.s, .place = CREATE, .victim = 1});
-  for (d.place = FORWARD; d.place <= REDUCE; d.place++)
-    for (d.starts = 0; d.starts <= 3; d.starts++) d.victim = (int32_t)(d.place + d.starts) % 3, check_death(d), deaths++;
-  injected("a rank's process killed, in every call of a step", deaths,
-           "FMOE_ERROR_PEER or FMOE_ERROR_TIMEOUT on the others, in time");
-  spread_destroy(d.s);
-}
-
 #define RUN(test) (begin_test("losses: " #test, 400), test())
 
 int main(void) {
   printf("losses: seed %llu\n", (unsigned long long)seed);
-  RUN(test_dying_process); /* first: it forks, which is best done before there were threads */
   RUN(test_silent_rank);
   RUN(test_absent_rank);
   RUN(test_leaving_rank);

@@ -59,6 +59,21 @@ void run_step(crew *c, int32_t rank, void *context) {
   leave_seat(&at);
 }
 
+int is_lost(fmoe_status status) { return status == FMOE_ERROR_PEER || status == FMOE_ERROR_TIMEOUT; }
+
+int is_broken(const char *what, seat *at, double at_once) {
+  int waits = 0;
+  for (int turn = 0; turn < 4; turn++) {
+    double start = seconds();
+    fmoe_status status = turn == 0 || !at->layer ? call(at, CREATE) : turn == 1 ? start_pass(at, 0)
+                         : turn == 2                                ? start_pass(at, 1)
+                                                                    : call(at, REDUCE);
+    if (seconds() - start >= at_once) waits = 1;
+    CHECK(is_lost(status), "%s: call %d of a broken group: %s", what, turn, fmoe_status_name(status));
+  }
+  return !waits;
+}
+
 spread *small_spread(int32_t ranks, int routing) {
   static const int64_t tokens[MOST_RANKS] = {5, 3, 4, 7};
   const shape shape = {.k = 2, .E = 2 * ranks, .d = 6, .h = 7, .activation = FMOE_GELU, .balance = 0.1};

@@ -31,6 +31,10 @@ fmoe_status call(seat *at, int place);
 void check_step(const char *what, seat *at);
 /* A whole step and that; the context is a spread. */
 void run_step(crew *c, int32_t rank, void *context);
+/* Whether a call says that a rank is lost. */
+int is_lost(fmoe_status status);
+/* In a broken group every collective call fails; whether none of them waited for it. */
+int is_broken(const char *what, seat *at, double at_once);
 /* Alone again: a group of one in this process computes a step. */
 void check_life_goes_on(void);
 
