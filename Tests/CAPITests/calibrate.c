@@ -1,37 +1,10 @@
-/* calibrate.c: groups that measure themselves, what they make of it, and files that keep it. */
+/* calibrate.c: groups that measure themselves, and what they make of it.  The files that keep it are in profiles.c. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "crew.h"
-
-static const uint64_t seed = 22360679;
-static const double moment = 0.15; /* seconds to measure for */
-static const double slack = 60;    /* seconds more, on a loaded machine: less than any hang */
-static char folder[] = "/tmp/fastermoe-calibrate-XXXXXX";
-static char profile[100];
-
-static char *slurp(const char *path) { /* the caller frees it */
-  char *text = calloc(1, 1 << 16);
-  FILE *in = fopen(path, "r");
-  if (in) {
-    if (!fread(text, 1, (1 << 16) - 1, in)) text[0] = 0;
-    fclose(in);
-  }
-  return text;
-}
-
-static void spill(const char *path, const char *text) {
-  FILE *out = fopen(path, "w");
-  if (!out || fputs(text, out) < 0 || fclose(out)) perror(path), exit(2);
-}
-
-static const char *of_rank(const char *name, int32_t rank) {
-  static _Thread_local char path[200];
-  snprintf(path, sizeof path, "%s/%s%d.json", folder, name, rank);
-  return path;
-}
+#include "measured.h"
 
 /* ---- measured, written, read, planned --------------------------------------------------------- */
 
@@ -59,21 +32,6 @@ static void run_uncalibrated(crew *c, int32_t rank, void *context) {
   EXPECT(FMOE_OK, fmoe_plan(b.pass, NULL, NULL));
   batch_free(&b);
   fmoe_layer_destroy(layer);
-}
-
-static void run_calibrate(crew *c, int32_t rank, void *unused) {
-  (void)unused;
-  double start = seconds();
-  EXPECT(FMOE_OK, fmoe_group_calibrate(c->groups[rank], moment));
-  CHECK(seconds() - start < moment + slack, "took %g s", seconds() - start);
-}
-
-static void run_write(crew *c, int32_t rank, void *context) {
-  fmoe_cluster *cluster;
-  if (!EXPECT(FMOE_OK, fmoe_cluster_of_group(c->groups[rank], &cluster))) return;
-  CHECK(fmoe_cluster_size(cluster) == c->ranks, "%d workers", fmoe_cluster_size(cluster));
-  EXPECT(FMOE_OK, fmoe_cluster_write(cluster, of_rank(context, rank)));
-  fmoe_cluster_destroy(cluster);
 }
 
 static const fmoe_plan_options plans[] = {
@@ -151,126 +109,6 @@ static void test_calibrated(int32_t ranks, int over_mailbox, int routing) {
 static void test_calibrate(void) {
   for (int32_t ranks = 1; ranks <= 4; ranks *= 2)
     for (int over_mailbox = 0; over_mailbox < 2; over_mailbox++) test_calibrated(ranks, over_mailbox, ranks == 2 ? GATED : SKEWED);
-}
-
-/* ---- profiles ------------------------------------------------------------------------------------ */
-
-static void join_as(crew *c, int32_t rank, void *context) {
-  fmoe_status *status = context;
-  status[rank] = crew_join(c, rank);
-  if (status[rank] == FMOE_ERROR_FILE) /* this rank's text names the file */
-    CHECK(rank == 0 && strstr(fmoe_last_error(), c->options.profile), "%s", fmoe_last_error());
-}
-
-/* Making a group with this file fails on rank 0 with words, and on all others. */
-static void check_refused(int32_t ranks, const char *text, const char *words) {
-  spill(profile, text);
-  crew *c = crew_without_groups((crew_options){.ranks = ranks, .over_mailbox = 1, .timeout = 20, .profile = profile});
-  fmoe_status status[MOST_RANKS];
-  crew_run(c, join_as, status);
-  for (int32_t r = 0; r < ranks; r++)
-    CHECK(status[r] == (r ? FMOE_ERROR_PEER : FMOE_ERROR_FILE), "rank %d: %s", r, fmoe_status_name(status[r]));
-  crew_destroy(c);
-  fmoe_group *group = (fmoe_group *)&group;
-  fmoe_group_options o = {.struct_size = sizeof o, .profile = profile, .threads = 1};
-  EXPECT(FMOE_ERROR_FILE, fmoe_group_create_local(1, &o, &group));
-  CHECK(group == (fmoe_group *)&group, "out-parameters are written only on FMOE_OK");
-  if (words) CHECK(strstr(fmoe_last_error(), profile), "\"%s\" names no file", fmoe_last_error());
-}
-
-/* `text` with the first `from` made `to`; the caller frees it. */
-static char *with(const char *text, const char *from, const char *to) {
-  const char *at = strstr(text, from);
-  char *made = malloc(strlen(text) + strlen(to) + 1);
-  if (!CHECK(at, "no %s in %s", from, text)) return strcpy(made, text);
-  sprintf(made, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
-  return made;
-}
-
-static void test_profiles(void) {
-  for (int over_mailbox = 0; over_mailbox < 2; over_mailbox++) {
-    unlink(profile);
-    crew_options options = {.ranks = 2, .over_mailbox = over_mailbox, .timeout = 60, .profile = profile};
-    crew *c = crew_create(options); /* no file yet, which is fine */
-    CHECK(access(profile, F_OK), "and none is made");
-    crew_run(c, run_calibrate, NULL);
-    crew_run(c, run_write, "first");
-    crew_destroy(c);
-    char *text = slurp(profile);
-    CHECK(strstr(text, "\"fastermoe_profile\" : 1"), "%s", text);
-    c = crew_create(options);
-    crew_run(c, run_write, "second");
-    char *first = slurp(of_rank("first", 0));
-    for (int32_t r = 0; r < 2; r++) {
-      char *second = slurp(of_rank("second", r));
-      CHECK(!strcmp(first, second) && strlen(first) > 100, "read back: %s", second);
-      free(second), unlink(of_rank("first", r)), unlink(of_rank("second", r));
-    }
-    char *after = slurp(profile);
-    CHECK(!strcmp(text, after), "reading changes no file");
-    free(first), free(after);
-    crew_destroy(c);
-    if (over_mailbox) {
-      static const struct { const char *from, *to; } changes[] = {
-          {"\"threads\" : 1", "\"threads\" : 2"}, {"\"host\" : 0", "\"host\" : 1"}, {"\"package\" : 0", "\"package\" : 3"},
-          {"\"numa_node\" : 0", "\"numa_node\" : 1"}, {"\"cores\" : ", "\"cores\" : 9"}, {"x86-64-v", "x86-64-w"},
-          {"\"processor\" : \"", "\"processor\" : \"Other "}, {"\"fastermoe_profile\" : 1", "\"fastermoe_profile\" : 2"},
-          {"\"within_hosts\"", "\"between_hosts\""}, {"\"message_slowdown\" : ", "\"message_slowdown\" : -"},
-          {"\"latency_seconds\" : ", "\"latency_seconds\" : -"}, {"\"bytes_per_second\" : ", "\"bytes_per_second\" : -"},
-          {"\"workers\"", "\"worker\""}, {"{", "["}, {" 576,", " 577,"}, /* rows, and no digits of a rate */
-      };
-      for (size_t i = 0; i < sizeof changes / sizeof changes[0]; i++) {
-        if (changes[i].from[0] == 'x' && !strstr(text, changes[i].from)) continue; /* another architecture */
-        char *other = with(text, changes[i].from, changes[i].to);
-        check_refused(2, other, "");
-        free(other);
-      }
-      check_refused(3, text, "2 workers");
-      check_refused(2, "", "");
-    } else {
-      check_refused(2, text, NULL); /* who shares memory is not who has links; and one worker is not two */
-    }
-    free(text);
-  }
-  unlink(profile);
-}
-
-static void run_unwritable(crew *c, int32_t rank, void *context) {
-  const spread *s = context;
-  fmoe_cluster *cluster;
-  EXPECT(rank ? FMOE_ERROR_PEER : FMOE_ERROR_FILE, fmoe_group_calibrate(c->groups[rank], 0.05));
-  EXPECT(FMOE_ERROR_STAGE, fmoe_cluster_of_group(c->groups[rank], &cluster)); /* nothing has changed */
-  fmoe_layer *layer = layer_of(c->groups[rank], s->part[rank]);
-  batch b = run(layer, s->part[rank]);
-  check_batch("the group goes on", &b, s->part[rank]);
-  batch_free(&b), fmoe_layer_destroy(layer);
-}
-
-static void run_some_profile(crew *c, int32_t rank, void *unused) {
-  (void)unused;
-  fmoe_transport transport = mailbox_transport(c->mail, rank);
-  fmoe_group_options o = {.struct_size = sizeof o, .threads = 1, .profile = rank ? profile : NULL};
-  fmoe_group *group;
-  EXPECT(FMOE_ERROR_DISAGREE, fmoe_group_create(&transport, &o, &group));
-}
-
-static void test_bad_paths(void) {
-  static const int64_t tokens[2] = {20, 31};
-  const shape shape = {.k = 2, .E = 4, .d = 12, .h = 20, .activation = FMOE_GELU};
-  spread *s = spread_create(2, tokens, GATED, shape, seed);
-  for (int over_mailbox = 0; over_mailbox < 2; over_mailbox++) {
-    crew *c = crew_create((crew_options){
-        .ranks = 2, .over_mailbox = over_mailbox, .timeout = 60, .profile = "/no-such-folder/profile.json"});
-    crew_run(c, run_unwritable, s);
-    crew_destroy(c);
-  }
-  spread_destroy(s);
-  fmoe_group *group;
-  fmoe_group_options o = {.struct_size = sizeof o, .threads = 1, .profile = folder}; /* there, but not to be read */
-  EXPECT(FMOE_ERROR_FILE, fmoe_group_create_local(1, &o, &group));
-  crew *c = crew_without_groups((crew_options){.ranks = 2, .over_mailbox = 1});
-  crew_run(c, run_some_profile, NULL);
-  crew_destroy(c);
 }
 
 /* ---- one rank at fault ----------------------------------------------------------------------------- */
@@ -389,11 +227,8 @@ static void test_measured_share(void) {
 int main(void) {
   printf("seed %llu\n", (unsigned long long)seed);
   if (!mkdtemp(folder)) return perror(folder), 2;
-  snprintf(profile, sizeof profile, "%s/profile.json", folder);
   RUN(test_calibrate);
   RUN(test_measured_share);
-  RUN(test_profiles);
-  RUN(test_bad_paths);
   RUN(test_wrong_calls);
   RUN(test_lost_rank);
   CHECK(!rmdir(folder), "a file is left behind in %s", folder);
