@@ -20,7 +20,7 @@ trap 'rm -rf "$place"' EXIT
 git archive "$commit" include Tests/CAPITests | tar -x -C "$place"
 cd "$place/Tests/CAPITests"
 parts=()
-for part in oracle batch transports mailbox crew scene; do [ ! -e $part.c ] || parts+=($part.c); done
+for part in oracle batch transports mailbox crew scene alone; do [ ! -e $part.c ] || parts+=($part.c); done
 libs=(-L"$prefix/lib" -lfastermoe -lm -lpthread)
 export LD_LIBRARY_PATH=$prefix/lib
 failed=0

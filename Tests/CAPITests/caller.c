@@ -1,5 +1,7 @@
 /* caller.c: threads of the host, which may compute in a call: nothing of theirs changes a result, and calls change nothing of
- * theirs.  It runs where it stands: a cluster is a file of the repository. */
+ * theirs.  It runs where it stands: a cluster is a file of the repository.
+ * `caller small` is for valgrind: it leaves out floating-point modes, of which valgrind emulates some and no traps, and small
+ * stacks, where a step by every gate and activation would take it minutes. */
 #include <fenv.h>
 #include <pthread.h>
 #include <sched.h>
@@ -10,23 +12,15 @@
 #include <xmmintrin.h>
 #endif
 
-#include "batch.h"
+#include "alone.h"
 
-static oracle *problem(int32_t activation) {
-  uint64_t state = 20220404;
-  oracle *o = oracle_create(300, 2, 5, 96, 130, activation);
-  fill_float(o->x, o->tokens * o->model, 1, &state);
-  fill_float(o->grad_y, o->tokens * o->model, 1, &state);
+static int small;
+
+/* Every third gradient so small that what follows from it is below the normal numbers. */
+static oracle *faint_problem(int32_t activation) {
+  oracle *o = problem(300, 2, 5, 96, 130, activation);
   for (int64_t i = 0; i < o->tokens * o->model; i += 3) o->grad_y[i] = (float)(o->grad_y[i] * 1e-36);
-  fill_values(o, &state);
   return o;
-}
-
-static fmoe_group *group_with(int32_t threads) {
-  fmoe_group_options options = {.struct_size = sizeof options, .threads = threads};
-  fmoe_group *group = NULL;
-  if (!EXPECT(FMOE_OK, fmoe_group_create_local(1, &options, &group))) exit(summary());
-  return group;
 }
 
 /* ---- how the host computes ----------------------------------------------------------------- */
@@ -56,14 +50,14 @@ static void check_odd(const char *call) {
 }
 
 static void test_training_in_any_mode(void) {
-  oracle *o = problem(FMOE_GELU);
+  oracle *o = faint_problem(FMOE_GELU);
   for (int32_t threads = 1; threads <= 2; threads++) {
     fmoe_group *groups[2];
     fmoe_layer *layers[2];
     batch b[2];
     for (int odd = 0; odd < 2; odd++) {
       if (odd) be_odd();
-      groups[odd] = group_with(threads); /* whose threads have the mode of their maker */
+      groups[odd] = pinned_group_with(threads); /* whose threads have the mode of their maker */
       if (odd) check_odd("fmoe_group_create_local"), be_plain();
       layers[odd] = layer_of(groups[odd], o);
       b[odd] = batch_of(o, layers[odd]);
@@ -119,7 +113,7 @@ static void *travel(void *argument) {
   sigset_t mask, left;
   sigemptyset(&mask), sigaddset(&mask, SIGUSR1);
   CHECK(!sched_getaffinity(0, sizeof before, &before) && !pthread_sigmask(SIG_SETMASK, &mask, NULL), "no affinity, no mask");
-  fmoe_group *group = group_with(t->threads);
+  fmoe_group *group = pinned_group_with(t->threads);
   fmoe_layer *layer = layer_of(group, t->o);
   batch b = run(layer, t->o);
   check_batch("from a thread of its own", &b, t->o), check_gradients("from a thread of its own", &b, t->o);
@@ -153,7 +147,7 @@ static void test_a_thread_with_a_small_stack(void) {
   CHECK(!pthread_attr_setstacksize(&attributes, STACK), "no thread has so small a stack");
   for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation++)
     for (int32_t threads = 1; threads <= 3; threads++) {
-      oracle *o = problem(activation);
+      oracle *o = faint_problem(activation);
       oracle_gate(o), oracle_run(o);
       trip t = {threads, o};
       pthread_t thread;
@@ -164,9 +158,50 @@ static void test_a_thread_with_a_small_stack(void) {
   pthread_attr_destroy(&attributes);
 }
 
-int main(void) {
-  test_training_in_any_mode();
-  test_planning_in_any_mode();
-  test_a_thread_with_a_small_stack();
+/* ---- several at once ------------------------------------------------------------------------ */
+
+typedef struct player {
+  fmoe_layer *layer;
+  batch wanted;
+} player;
+
+static void *run_often(void *argument) {
+  const player *p = argument;
+  for (int i = 0; i < 5; i++) {
+    batch b = run(p->layer, p->wanted.o);
+    check_bits("threads of the host do not disturb each other", &b, &p->wanted);
+    batch_free(&b);
+  }
+  return NULL;
+}
+
+/* Two host threads, each with a layer of its own: first of two groups, then of one. */
+static void test_two_threads_at_once(void) {
+  oracle *o[2] = {crowded_problem(small ? 20 : 200, 2, small ? 6 : 64, small ? 5 : 96, FMOE_GELU),
+                  problem(small ? 6 : 90, 4, 5, 37, 53, FMOE_SWIGLU)};
+  for (int groups = 2; groups > 0; groups--) {
+    fmoe_group *group[2] = {group_with(2), group_with(2)};
+    player players[2];
+    pthread_t threads[2];
+    for (int t = 0; t < 2; t++)
+      players[t].layer = layer_of(group[t % groups], o[t]), players[t].wanted = run_alone(o[t], 2);
+    for (int t = 0; t < 2; t++)
+      if (pthread_create(&threads[t], NULL, run_often, &players[t])) abort();
+    for (int t = 0; t < 2; t++) pthread_join(threads[t], NULL);
+    for (int t = 0; t < 2; t++) batch_free(&players[t].wanted), fmoe_layer_destroy(players[t].layer);
+    for (int t = 0; t < 2; t++) fmoe_group_destroy(group[t]);
+  }
+  oracle_destroy(o[0]), oracle_destroy(o[1]);
+}
+
+int main(int count, char **arguments) {
+  small = count > 1 && !strcmp(arguments[1], "small");
+  printf("caller: seed %llu\n", (unsigned long long)seed);
+  if (!small) {
+    test_training_in_any_mode();
+    test_planning_in_any_mode();
+    test_a_thread_with_a_small_stack();
+  }
+  test_two_threads_at_once();
   return summary();
 }

@@ -1,11 +1,9 @@
 /* layer.c: what a layer computes, against the oracle; and that it computes the same bits again.
  * `layer small` keeps the sizes small enough for valgrind. */
 #include <math.h>
-#include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "batch.h"
+#include "alone.h"
 
 /* Of the oracle with the twelve printed digits of the golden vectors, relative. */
 static const double printed = 1e-11;
@@ -13,19 +11,7 @@ static const double printed = 1e-11;
 static const double golden = 1e-5;
 /* Central differences with step 1e-5 in Double: 1e-10 of truncation, 1e-11 / 1e-5 of cancellation, some room. */
 static const double differences = 2e-6;
-static const uint64_t seed = 20220404;
 static int small;
-
-/* ---- one problem, in the oracle and in the library ----------------------------------------- */
-
-static oracle *problem(int64_t n, int64_t k, int64_t E, int64_t d, int64_t h, int32_t activation) {
-  uint64_t state = seed + (uint64_t)(n + 1000 * k + 10000 * activation);
-  oracle *o = oracle_create(n, k, E, d, h, activation);
-  fill_float(o->x, n * d, 1, &state);
-  fill_float(o->grad_y, n * d, 1, &state);
-  fill_values(o, &state);
-  return o;
-}
 
 /* The caller's own routing: any expert, also twice for one token, every seventh slot dropped. */
 static void route_by_hand(oracle *o) {
@@ -34,24 +20,6 @@ static void route_by_hand(oracle *o) {
   fill_float(o->weight, o->tokens * o->choices, 1, &state);
   for (int64_t s = 0; s < o->tokens * o->choices; s++)
     o->choice[s] = s % 7 == 3 ? -1 : (int32_t)(uniform(&state) * (double)o->experts);
-}
-
-static fmoe_group *group_with(int32_t threads) {
-  fmoe_group_options options = {.struct_size = sizeof options, .threads = threads, .bind = 1};
-  fmoe_group *group = NULL;
-  if (!EXPECT(FMOE_OK, fmoe_group_create_local(1, &options, &group))) exit(summary());
-  return group;
-}
-
-static batch run_alone(const oracle *o, int32_t threads) {
-  fmoe_group *group = group_with(threads);
-  fmoe_layer *layer = layer_of(group, o);
-  batch b = run(layer, o);
-  fmoe_pass_destroy(b.pass);
-  b.pass = NULL;
-  fmoe_layer_destroy(layer);
-  fmoe_group_destroy(group);
-  return b;
 }
 
 /* ---- the oracle itself --------------------------------------------------------------------- */
@@ -185,21 +153,11 @@ static void test_against_oracle(void) {
   fmoe_group_destroy(group);
 }
 
-/* All tokens share a direction that the gate gives to expert 2, so that it takes all of them; expert 0 gets none. */
-static oracle *crowded_problem(int64_t n, int64_t k, int32_t activation) {
-  oracle *o = problem(n, k, 8, small ? 6 : 64, small ? 5 : 96, activation);
-  for (int64_t i = 0; i < n; i++) o->x[i * o->model] = 1;
-  o->values[GATE][2 * o->model] = 4, o->values[GATE][0] = -8;
-  o->balance = 0.01, o->z = 0.001;
-  oracle_gate(o);
-  CHECK(o->counts[2] == n && o->counts[0] == 0, "expert 2 is crowded, expert 0 idle");
-  return o;
-}
-
 static void test_crowded_expert(void) {
   fmoe_group *group = group_with(2);
   for (int32_t activation = FMOE_GELU; activation <= FMOE_SWIGLU; activation++) {
-    oracle *o = crowded_problem(small ? 20 : activation == FMOE_GELU ? 1100 : 300, 2, activation);
+    const int64_t n = small ? 20 : activation == FMOE_GELU ? 1100 : 300;
+    oracle *o = crowded_problem(n, 2, small ? 6 : 64, small ? 5 : 96, activation);
     compare(group, o, "crowded");
     oracle_destroy(o);
   }
@@ -267,7 +225,7 @@ static void test_passes_in_flight(void) {
 
 static void test_same_bits(void) {
   for (int kind = 0; kind < 2; kind++) {
-    oracle *o = crowded_problem(small ? 20 : 700, 2, kind ? FMOE_GELU : FMOE_SWIGLU);
+    oracle *o = crowded_problem(small ? 20 : 700, 2, small ? 6 : 64, small ? 5 : 96, kind ? FMOE_GELU : FMOE_SWIGLU);
     if (kind) route_by_hand(o);
     batch one = run_alone(o, 1);
     for (int32_t threads = 1; threads <= 3; threads++) {
@@ -297,39 +255,6 @@ static void test_route_is_gate(void) {
   EXPECT(FMOE_OK, fmoe_backward(routed.pass, routed.grad_y, routed.grad_x, NULL)); /* no need of those of the weights */
   batch_free(&gated), batch_free(&routed);
   fmoe_layer_destroy(layer), fmoe_group_destroy(group), oracle_destroy(o);
-}
-
-typedef struct player {
-  fmoe_layer *layer;
-  batch wanted;
-} player;
-
-static void *run_often(void *argument) {
-  const player *p = argument;
-  for (int i = 0; i < 5; i++) {
-    batch b = run(p->layer, p->wanted.o);
-    check_bits("threads of the host do not disturb each other", &b, &p->wanted);
-    batch_free(&b);
-  }
-  return NULL;
-}
-
-/* Two host threads, each with a layer of its own: first of two groups, then of one. */
-static void test_two_threads_at_once(void) {
-  oracle *o[2] = {crowded_problem(small ? 20 : 200, 2, FMOE_GELU), problem(small ? 6 : 90, 4, 5, 37, 53, FMOE_SWIGLU)};
-  for (int groups = 2; groups > 0; groups--) {
-    fmoe_group *group[2] = {group_with(2), group_with(2)};
-    player players[2];
-    pthread_t threads[2];
-    for (int t = 0; t < 2; t++)
-      players[t].layer = layer_of(group[t % groups], o[t]), players[t].wanted = run_alone(o[t], 2);
-    for (int t = 0; t < 2; t++)
-      if (pthread_create(&threads[t], NULL, run_often, &players[t])) abort();
-    for (int t = 0; t < 2; t++) pthread_join(threads[t], NULL);
-    for (int t = 0; t < 2; t++) batch_free(&players[t].wanted), fmoe_layer_destroy(players[t].layer);
-    for (int t = 0; t < 2; t++) fmoe_group_destroy(group[t]);
-  }
-  oracle_destroy(o[0]), oracle_destroy(o[1]);
 }
 
 /* ---- the gate's fine print, initial values ------------------------------------------------- */
@@ -398,7 +323,6 @@ int main(int count, char **arguments) {
   test_passes_in_flight();
   test_same_bits();
   test_route_is_gate();
-  test_two_threads_at_once();
   test_ties_and_nan_logits();
   test_initial_values();
   return summary();
