@@ -1,6 +1,7 @@
 #!/bin/sh
 # registers.sh LIBRARY...: the sums of the tile kernels stay in registers. Swift may keep an array of sums in memory after a
 # change anywhere in the module: results are the same then, and everything takes twice as long, which no other test sees.
+# A few addresses and constants on the stack, 7, are no sums; of a tile of 24 they would be a third of all.
 code=0
 for library; do
   objdump -d --no-show-raw-insn "$library" | awk -v library="$library" '
@@ -11,7 +12,11 @@ for library; do
     END {
       for (name in products) {
         kernels++
-        if (stores[name] > 7 && stores[name] > products[name] / 10) { print library ": " name " stores " stores[name] " vectors on the stack"; bad++ }
+        some = stores[name]
+        if (some > products[name] / 3 || (some > 7 && some > products[name] / 10)) {
+          print library ": " name " stores " some " vectors on the stack"
+          bad++
+        }
       }
       print library ": " kernels " kernels, " bad + 0 " with sums in memory"
       exit !kernels || bad

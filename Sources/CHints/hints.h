@@ -15,17 +15,6 @@ static inline void hint_written_past(void) {
 #endif
 }
 
-/* The same count and the same place, of which the compiler is to know nothing: else it unrolls a loop until what it sums up
- * falls out of the registers, and keeps in a register what an instruction can read on its way. */
-static inline long hint_any_count(long count) {
-  __asm__("" : "+r"(count));
-  return count;
-}
-static inline const float *hint_any_place(const float *place) {
-  __asm__("" : "+r"(place));
-  return place;
-}
-
 /* And a square root of 16 lanes at once: Swift's own goes lane by lane. */
 __attribute__((always_inline)) static inline hint_lanes hint_square_root(hint_lanes x) {
   return __builtin_elementwise_sqrt(x);
@@ -123,6 +112,17 @@ static inline float hint_multiply_add(long rounds, float from) {
     for (int j = 0; j < HINT_CHAINS; j++) sums[j] = __builtin_elementwise_fma(sums[j], factor, addend);
   for (int j = 1; j < HINT_CHAINS; j++) sums[0] += sums[j];
   return sums[0][0];
+}
+
+/* The same count and the same place, of which the compiler is to know nothing: else it unrolls a loop until what it sums up
+ * falls out of the registers, and keeps in a register what an instruction can read on its way. */
+static inline long hint_any_count(long count) {
+  __asm__("" : "+r"(count));
+  return count;
+}
+static inline const float *hint_any_place(const float *place) {
+  __asm__("" : "+r"(place));
+  return place;
 }
 
 /* The calling thread's floating point from here on is what programs begin with: to nearest, subnormal numbers, no traps.

@@ -130,7 +130,7 @@ static void test_null(void) {
   fmoe_layer_destroy(layer), fmoe_group_destroy(group);
 }
 
-/* ---- several seats in one process; what they do together is the business of workers.c, faults.c and losses.c ---- */
+/* ---- several seats in one process; what they do together is for workers.c, faults.c, losses.c and deaths.c ---- */
 
 static void test_local_seats(void) {
   fmoe_group *nobody = (fmoe_group *)(void *)&untouched, *seats[3] = {nobody, nobody, nobody};

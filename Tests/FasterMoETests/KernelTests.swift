@@ -166,7 +166,7 @@ struct Numbers {
 
   /// Gradients of weights against Double loops, some columns of them, added and written; both ways to walk them give the
   /// same bits.
-  @Test(arguments: [1, 12, 13, 128, 239, 240, 241, 500]) func sumsOverRowsEqualDoubleLoops(rows: Int) {
+  @Test(arguments: [1, 12, 13, 47, 48, 49, 128, 239, 240, 241, 500]) func sumsOverRowsEqualDoubleLoops(rows: Int) {
     var numbers = Numbers(9)
     let memory = DeskMemory(rows: rows, longest: 64)
     defer { withExtendedLifetime(memory) {} }

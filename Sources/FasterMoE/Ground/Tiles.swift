@@ -171,7 +171,7 @@ private enum ProductTile<let M: Int, let N: Int> {
       #endif
       let terms = min(16, left)
       for _ in 0..<terms / atOnce {
-        for next in 0..<atOnce { add(a + next, again + next, b + next &* 32, &sums0, &sums1) }
+        for term in 0..<atOnce { add(a + term, again + term, b + term &* 32, &sums0, &sums1) }
         a += atOnce
         again += atOnce
         b += atOnce &* 32
@@ -202,8 +202,8 @@ private enum ProductTile<let M: Int, let N: Int> {
   /// which takes no instruction of its own: a core that runs another thread beside has too few of those, not of reads.
   private static var shared: Int { 4 }
 
-  /// One term of all sums: one of each row of the panel, times the row of the strip at `b`. `again` is `a`; did the compiler
-  /// know, it would load each but once.
+  /// One term of all sums: one of each row of the panel, times the row of the strip at `b`. `again` is `a`; if the compiler
+  /// knew, it would load each only once.
   @inline(__always)
   private static func add(
     _ a: UnsafePointer<Float>, _ again: UnsafePointer<Float>, _ b: UnsafePointer<Float>,
@@ -232,7 +232,8 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
     var first = 0
     #if WIDE_VECTORS
       if rows >= OuterTile.many {
-        // Whole panels, while the same rows of the next one are asked for: no prefetcher foresees the way there.
+        // Whole panels, two rows at a time, while the same rows of the next one are asked for: no prefetcher foresees the way
+        // there. Where that is the last one and lower, other lines are, which costs nothing that counts.
         let size = Panels.height &* 16
         let (leftOn, rightOn) = (size &* left.blocks, size &* right.blocks)
         var panelOfLeft = UnsafePointer(left.base) + ((column / 16) &* size &+ column % 16)
@@ -240,10 +241,10 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
         while first &+ Panels.height < rows {
           var (a, b) = (panelOfLeft, panelOfRight)
           for _ in 0..<hint_any_count(Panels.height / 2) {
-            for next in 0..<2 {
-              hint_read_soon(a + (leftOn &+ next &* 16))
-              for i in 0..<N { hint_read_soon(b + (rightOn &+ i &* size &+ next &* 16)) }
-              add(a + next &* 16, b + next &* 16, size, &sums0, &sums1, &sums2)
+            for row in 0..<2 {
+              hint_read_soon(a + (leftOn &+ row &* 16))
+              for i in 0..<N { hint_read_soon(b + (rightOn &+ i &* size &+ row &* 16)) }
+              add(a + row &* 16, b + row &* 16, size, &sums0, &sums1, &sums2)
             }
             a += 32
             b += 32
