@@ -1,7 +1,7 @@
 #!/bin/sh
 # registers.sh LIBRARY...: the sums of the tile kernels stay in registers. Swift may keep an array of sums in memory after a
 # change anywhere in the module: results are the same then, and everything takes twice as long, which no other test sees.
-# A few addresses and constants on the stack, 7, are no sums; of a tile of 24 they would be a third of all.
+# Up to 7 vectors on the stack of a large tile pass: they are constants, or what a loop begins with.
 code=0
 for library; do
   objdump -d --no-show-raw-insn "$library" | awk -v library="$library" '

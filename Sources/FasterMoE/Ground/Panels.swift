@@ -1,9 +1,9 @@
 /// A matrix of activations in the order in which the tile kernels read it.
 ///
-/// Rows stand in panels of 12, an even number (the last one as high as the rows that are left), columns in blocks of 16. A block is
-/// contiguous: panel height × 16 floats, row by row; a panel is its blocks from left to right. So a tile kernel walks
-/// one panel front to back, whatever the width, and no power of two in a size can make rows fight for cache sets.
-/// Columns behind `width` in the last block are 0 or finite leftovers; nobody may use them.
+/// Rows stand in panels of 12, an even number (the last one as high as the rows that are left), columns in blocks of
+/// 16. A block is contiguous: panel height × 16 floats, row by row; a panel is its blocks from left to right. So a tile
+/// kernel walks one panel front to back, whatever the width, and no power of two in a size can make rows fight for
+/// cache sets. Columns behind `width` in the last block are 0 or finite leftovers; nobody may use them.
 package struct Panels {
   package static let height = 12
   package static let lanes = 16
