@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "measured.h"
 
 /* ---- measured, written, read, planned --------------------------------------------------------- */
@@ -90,9 +91,9 @@ static void test_calibrated(int32_t ranks, int over_mailbox, int routing) {
   for (int again = 0; again < 2; again++) {
     crew_run(c, run_calibrate, NULL);
     crew_run(c, run_write, "cluster");
-    char *first = slurp(of_rank("cluster", 0));
+    char *first = text_of(of_rank("cluster", 0));
     for (int32_t r = 0; r < ranks; r++) {
-      char *text = slurp(of_rank("cluster", r));
+      char *text = text_of(of_rank("cluster", r));
       CHECK(!strcmp(text, first) && strlen(text) > 100, "rank %d made another cluster: %s", r, text);
       free(text);
     }

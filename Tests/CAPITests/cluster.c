@@ -8,30 +8,15 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "folder.h"
 
 enum { W = 16, E = 16, ROWS = 2048 };
 static const char johnny_file[] = "../../Benchmarks/paper/johnny.json";
-static char folder[] = "/tmp/fastermoe-cluster-XXXXXX";
 static int64_t balanced[W * E], hot[W * E];
 
 static const char *file(const char *name, const char *text) { /* written where `text` is not NULL */
-  static char path[4][200];
-  static int next;
-  char *at = path[next++ % 4];
-  snprintf(at, sizeof path[0], "%s/%s", folder, name);
-  FILE *out = text ? fopen(at, "w") : NULL;
-  if (out) fputs(text, out), fclose(out);
-  return at;
-}
-
-static char *slurp(const char *path) {
-  static char text[2][1 << 16];
-  static int next;
-  char *at = text[next++ % 2];
-  FILE *in = fopen(path, "r");
-  size_t size = in ? fread(at, 1, sizeof text[0] - 1, in) : 0;
-  if (in) fclose(in);
-  at[size] = 0;
+  const char *at = in_folder(name);
+  if (text) spit(at, text, strlen(text));
   return at;
 }
 
@@ -61,7 +46,9 @@ static void test_round_trip(void) {
     EXPECT(FMOE_OK, fmoe_cluster_write(first, once));
     if (!EXPECT(FMOE_OK, fmoe_cluster_read(once, &second))) continue;
     EXPECT(FMOE_OK, fmoe_cluster_write(second, twice));
-    CHECK(!strcmp(slurp(once), slurp(twice)) && strlen(slurp(once)) > 100, "%s", given[i]);
+    char *written = text_of(once), *again = text_of(twice);
+    CHECK(!strcmp(written, again) && strlen(written) > 100, "%s", given[i]);
+    free(written), free(again);
     if (!i) /* 50 Gbit/s for the eight workers of a host, 88 for each */
       CHECK(fabs(fmoe_cluster_remote_share(first) - 50.0 / (8 * 88)) < 1e-9, "%g", fmoe_cluster_remote_share(first));
     CHECK(fmoe_cluster_size(first) == (i ? 2 : W) && fmoe_cluster_size(second) == (i ? 2 : W), "%s", given[i]);

@@ -28,6 +28,12 @@ bytes slurp(const char *path) {
   return all;
 }
 
+char *text_of(const char *path) {
+  bytes all = slurp(path);
+  all.data[all.size] = 0; /* for which slurp leaves room */
+  return (char *)all.data;
+}
+
 void spit(const char *path, const void *data, size_t size) {
   int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
   if (file < 0 || write(file, data, size) != (ssize_t)size || close(file)) abort();

@@ -12,6 +12,7 @@ typedef struct bytes {
 } bytes;
 
 bytes slurp(const char *path); /* data is the caller's to free */
+char *text_of(const char *path); /* so is this */
 void spit(const char *path, const void *data, size_t size);
 int entries(const char *of); /* files in a folder */
 

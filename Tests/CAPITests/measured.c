@@ -1,28 +1,11 @@
 #include "measured.h"
 
-#include <stdlib.h>
-
-char folder[] = "/tmp/fastermoe-measured-XXXXXX";
-
-char *slurp(const char *path) {
-  char *text = calloc(1, 1 << 16);
-  FILE *in = fopen(path, "r");
-  if (in) {
-    if (!fread(text, 1, (1 << 16) - 1, in)) text[0] = 0;
-    fclose(in);
-  }
-  return text;
-}
-
-void spill(const char *path, const char *text) {
-  FILE *out = fopen(path, "w");
-  if (!out || fputs(text, out) < 0 || fclose(out)) perror(path), exit(2);
-}
+#include "folder.h"
 
 const char *of_rank(const char *name, int32_t rank) {
-  static _Thread_local char path[200];
-  snprintf(path, sizeof path, "%s/%s%d.json", folder, name, rank);
-  return path;
+  char file[60];
+  snprintf(file, sizeof file, "%s%d.json", name, rank);
+  return in_folder(file);
 }
 
 void run_calibrate(crew *c, int32_t rank, void *unused) {

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "folder.h"
 #include "measured.h"
 
 static char profile[100];
@@ -17,7 +18,7 @@ static void join_as(crew *c, int32_t rank, void *context) {
 
 /* Making a group with this file fails on rank 0 with words, and on all others. */
 static void check_refused(int32_t ranks, const char *text, const char *words) {
-  spill(profile, text);
+  spit(profile, text, strlen(text));
   crew *c = crew_without_groups((crew_options){.ranks = ranks, .over_mailbox = 1, .timeout = 20, .profile = profile});
   fmoe_status status[MOST_RANKS];
   crew_run(c, join_as, status);
@@ -49,17 +50,17 @@ static void test_profiles(void) {
     crew_run(c, run_calibrate, NULL);
     crew_run(c, run_write, "first");
     crew_destroy(c);
-    char *text = slurp(profile);
+    char *text = text_of(profile);
     CHECK(strstr(text, "\"fastermoe_profile\" : 1"), "%s", text);
     c = crew_create(options);
     crew_run(c, run_write, "second");
-    char *first = slurp(of_rank("first", 0));
+    char *first = text_of(of_rank("first", 0));
     for (int32_t r = 0; r < 2; r++) {
-      char *second = slurp(of_rank("second", r));
+      char *second = text_of(of_rank("second", r));
       CHECK(!strcmp(first, second) && strlen(first) > 100, "read back: %s", second);
       free(second), unlink(of_rank("first", r)), unlink(of_rank("second", r));
     }
-    char *after = slurp(profile);
+    char *after = text_of(profile);
     CHECK(!strcmp(text, after), "reading changes no file");
     free(first), free(after);
     crew_destroy(c);
