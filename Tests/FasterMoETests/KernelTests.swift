@@ -84,6 +84,16 @@ struct Numbers {
     }
   }
 
+  /// As many lines as a tile can ask for, of which some will be written.
+  private static func withAsks(for memory: UnsafePointer<Float>, _ body: (Asks) -> Void) {
+    withUnsafeTemporaryAllocation(of: UnsafeRawPointer.self, capacity: Asks.most) {
+      var asks = Asks(in: $0.baseAddress!)
+      for _ in 0..<72 { asks.write(memory) }
+      for _ in 72..<Asks.most { asks.read(memory) }
+      body(asks)
+    }
+  }
+
   @Test func outerProductsEqualDoubleLoops() {
     var numbers = Numbers(2)
     for rows in [1, 2, 11, 12, 13, 24, 35, 70] {
@@ -100,9 +110,11 @@ struct Numbers {
           defer { column += Tiles.outerRows(at: column) }
           for block in 0..<right.panels.blocks {
             for blocks in 1...Tiles.outerBlocks where block + blocks <= right.panels.blocks {
-              Tiles.outer(
-                left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, times: 1,
-                .desk, to: tile, stride: blocks * 16)
+              Self.withAsks(for: tile) {
+                Tiles.outer(
+                  left.panels, from: column, right.panels, block: block, blocks: blocks, rows: rows, times: 1,
+                  .desk, to: tile, stride: blocks * 16, $0)
+              }
               for i in 0..<min(Tiles.outerRows(at: column), leftWidth - column) {
                 for c in 0..<min(blocks * 16, rightWidth - block * 16) {
                   let exact = (0..<rows).reduce(0.0) { $0 + Double(a[$1][column + i]) * Double(b[$1][block * 16 + c]) }
@@ -236,8 +248,11 @@ struct Numbers {
     _ left: Panels, _ first: Int, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
     _ tile: UnsafeMutablePointer<Float>
   ) {
-    Tiles.product(
-      panel: left.panel(first), high: high, strip: strip, depth: depth, into: tile, begins: true, next: left.panel(0))
+    withAsks(for: strip) {
+      Tiles.product(
+        panel: left.panel(first), high: high, strip: strip, depth: depth, into: tile, begins: true, next: left.panel(0),
+        $0)
+    }
   }
 
   /// That `tile` [rows, 32] is what the packed strip gives, bit by bit.

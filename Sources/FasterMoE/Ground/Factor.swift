@@ -41,19 +41,17 @@ package struct Factor {
   /// The matrix itself, where it is not transposed and its columns fill whole vectors.
   package var matrixInPlace: UnsafePointer<Float>? { isTransposed || columns % 16 != 0 ? nil : matrix }
 
-  /// Asks for share `share` of `shares` of what packing `rows` of `column` will read, while what is packed is in use.
+  /// Adds to `asks` share `share` of `shares` of what packing `rows` of `column` will read, while what is packed is in use.
   @inline(__always)
-  package func prefetch(_ column: Int, _ rows: Range<Int>, share: Int, of shares: Int) {
+  package func ask(for column: Int, _ rows: Range<Int>, share: Int, of shares: Int, _ asks: inout Asks) {
     let width = min(Strip.width, columns - column)
     guard width > 0 else { return }
-    if isTransposed {
-      Prefetch.read(
-        matrix + (column &* depth &+ rows.lowerBound), stride: depth,
-        rows: width &* share / shares..<width &* (share &+ 1) / shares, columns: rows.count)
-    } else {
-      Prefetch.read(
-        matrix + (rows.lowerBound &* columns &+ column), stride: columns,
-        rows: rows.count &* share / shares..<rows.count &* (share &+ 1) / shares, columns: width)
+    // Pieces of rows of the matrix.
+    let (pieces, length, stride) = isTransposed ? (width, rows.count, depth) : (rows.count, width, columns)
+    let first = isTransposed ? column &* depth &+ rows.lowerBound : rows.lowerBound &* columns &+ column
+    for piece in pieces &* share / shares..<pieces &* (share &+ 1) / shares {
+      let from = matrix + (first &+ piece &* stride)
+      for at in Swift.stride(from: 0, to: length, by: 16) { asks.read(from + at) }
     }
   }
 }
@@ -152,35 +150,4 @@ func transposed(_ from: UnsafePointer<Float>, stride: Int) -> InlineArray<16, Ve
     }
   }
   return v
-}
-
-/// Asks for memory that a later step will touch, so that it is near by then; the processor may ignore it.
-package enum Prefetch {
-  /// The cache line of one address.
-  @inline(__always) static func read(_ address: UnsafePointer<Float>) { hint_read_soon(address) }
-
-  /// A piece of `columns` floats in each of some `rows` of a row-major matrix.
-  @inline(__always)
-  static func read(_ matrix: UnsafePointer<Float>, stride: Int, rows: Range<Int>, columns: Int) {
-    for row in rows {
-      var at = UnsafeRawPointer(matrix + row &* stride)
-      let end = at + (columns &* 4)
-      while at < end {
-        hint_read_later(at)
-        at += 64
-      }
-    }
-  }
-
-  @inline(__always)
-  static func write(_ matrix: UnsafeMutablePointer<Float>, stride: Int, rows: Int, columns: Int) {
-    for row in 0..<rows {
-      var at = UnsafeRawPointer(matrix + row &* stride)
-      let end = at + (columns &* 4)
-      while at < end {
-        hint_write_soon(at)
-        at += 64
-      }
-    }
-  }
 }

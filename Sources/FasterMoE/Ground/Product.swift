@@ -15,6 +15,8 @@ package struct Product {
     package let tile: UnsafeMutablePointer<Float>
     /// Packed columns of a matrix, `Strip.depth` of its rows.
     let strip: UnsafeMutablePointer<Float>
+    /// What a tile asks for.
+    let asks: UnsafeMutablePointer<UnsafeRawPointer>
     /// What kernels in place keep.
     let scratch: UnsafeMutablePointer<Float>
 
@@ -22,6 +24,7 @@ package struct Product {
     package init(arena: inout Arena, rows: Int, longest: Int) {
       tile = arena.take(Tiles.floats(rows: max(rows, Choices.mostRows)))
       strip = arena.take(min(longest, Strip.depth) * Strip.width)
+      asks = arena.take(Asks.most)
       scratch = arena.take(max(FewRows.scratch(depth: longest), Dots.scratch, Outer.scratch(rows: rows)))
     }
   }
@@ -36,14 +39,14 @@ package struct Product {
 
   /// Multiplies `rows` rows, 32 columns at a time, and calls `body` with each panel's tile while it is hot: its column,
   /// first row, height and memory, and that of the second product, if there is one, at the same place. `ahead` is called
-  /// before the tile is computed, to ask for the memory that `body` will touch.
+  /// before the tile is computed, to ask for the memory that `body` will write.
   ///
   /// `columns` are all of them or begin and end at multiples of 32. Where a kernel in place cannot take the matrix, or some
   /// of its columns, strips do.
   @inline(__always)
   package static func forEachTile(
     _ rows: Int, in columns: Range<Int>, by kernel: Kernel, _ product: Product, _ second: Product? = nil,
-    ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void = { _, _, _ in },
+    ahead: (_ column: Int, _ row: Int, _ high: Int, _ asks: inout Asks) -> Void = { _, _, _, _ in },
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
@@ -57,7 +60,7 @@ package struct Product {
       if let second { FewRows.prepare(second.left, rows: rows, scratch: second.desk.scratch) }
     }
     for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
-      if isInPlace { Panels.forEach(rows: rows) { row, high in ahead(column, row, high) } }
+      if isInPlace { Panels.forEach(rows: rows) { row, high in product.askAtOnce { ahead(column, row, high, &$0) } } }
       if isInPlace, product.multiplyInPlace(column, rows, by: kernel) {
         _ = second?.multiplyInPlace(column, rows, by: kernel)
         Panels.forEach(rows: rows) { row, high in
@@ -73,7 +76,7 @@ package struct Product {
   @inline(__always)
   private static func forEachTileOfStrip(
     _ column: Int, _ rows: Int, _ product: Product, _ second: Product?,
-    _ ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void,
+    _ ahead: (_ column: Int, _ row: Int, _ high: Int, _ asks: inout Asks) -> Void,
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
@@ -92,9 +95,13 @@ package struct Product {
       for panel in 0..<panels {
         let row = panel * Panels.height
         let high = min(Panels.height, rows - row)
-        if isLast { ahead(column, row, high) }
-        product.multiply(row, of: rows, part, prefetching: next, panel, panels)
-        second?.multiply(row, of: rows, part, prefetching: next, panel, panels)
+        var asks = Asks(in: product.desk.asks)
+        if isLast { ahead(column, row, high, &asks) }
+        product.multiply(row, of: rows, part, asking: next, panel, panels, &asks)
+        if let second {
+          asks = Asks(in: second.desk.asks)
+          second.multiply(row, of: rows, part, asking: next, panel, panels, &asks)
+        }
         if isLast { body(column, row, high, product.tile(row), (second ?? product).tile(row)) }
       }
     }
@@ -104,7 +111,7 @@ package struct Product {
   @inline(__always)
   private static func forEachTileInPlace(
     _ rows: Int, _ columns: Range<Int>, _ product: Product, _ second: Product?,
-    _ ahead: (_ column: Int, _ row: Int, _ high: Int) -> Void,
+    _ ahead: (_ column: Int, _ row: Int, _ high: Int, _ asks: inout Asks) -> Void,
     _ body: (
       _ column: Int, _ row: Int, _ high: Int, _ tile: UnsafeMutablePointer<Float>, _ second: UnsafeMutablePointer<Float>
     ) -> Void
@@ -115,7 +122,7 @@ package struct Product {
     for from in stride(from: 0, to: depth, by: FewRows.depthAtOnce) {
       let isLast = from + FewRows.depthAtOnce >= depth
       for column in stride(from: columns.lowerBound, to: columns.upperBound, by: Strip.width) {
-        if isLast { Panels.forEach(rows: rows) { row, high in ahead(column, row, high) } }
+        if isLast { Panels.forEach(rows: rows) { row, high in product.askAtOnce { ahead(column, row, high, &$0) } } }
         product.add(rows, from, column, intoTile: isLast)
         second?.add(rows, from, column, intoTile: isLast)
         guard isLast else { continue }
@@ -168,13 +175,21 @@ package struct Product {
   /// Where the results of the panel from `row` on stand.
   @inline(__always) private func tile(_ row: Int) -> UnsafeMutablePointer<Float> { desk.tile + row &* Strip.width }
 
-  /// Adds to the tile of one panel what the packed part of a strip gives, asking meanwhile for a share of the next one.
+  @inline(__always)
+  private func askAtOnce(_ ahead: (inout Asks) -> Void) {
+    var asks = Asks(in: desk.asks)
+    ahead(&asks)
+    asks.askAtOnce()
+  }
+
+  /// Adds to the tile of one panel what the packed part of a strip gives, asking meanwhile for `asks` and for a share of the
+  /// next strip.
   @inline(__always)
   private func multiply(
-    _ row: Int, of rows: Int, _ part: Range<Int>, prefetching next: (column: Int, part: Range<Int>), _ panel: Int,
-    _ panels: Int
+    _ row: Int, of rows: Int, _ part: Range<Int>, asking next: (column: Int, part: Range<Int>), _ panel: Int,
+    _ panels: Int, _ asks: inout Asks
   ) {
-    factor.prefetch(next.column, next.part, share: panel, of: panels)
+    factor.ask(for: next.column, next.part, share: panel, of: panels, &asks)
     func place(_ row: Int, _ from: Int) -> UnsafePointer<Float> {
       UnsafePointer(left.panel(row)) + from &* min(Panels.height, rows &- row)
     }
@@ -182,6 +197,6 @@ package struct Product {
     Tiles.product(
       panel: place(row, part.lowerBound), high: min(Panels.height, rows &- row), strip: desk.strip, depth: part.count,
       into: tile(row), begins: part.lowerBound == 0,
-      next: isLast ? place(0, part.upperBound) : place(row &+ Panels.height, part.lowerBound))
+      next: isLast ? place(0, part.upperBound) : place(row &+ Panels.height, part.lowerBound), asks)
   }
 }

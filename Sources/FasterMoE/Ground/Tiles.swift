@@ -9,59 +9,56 @@ package enum Tiles {
   static func floats(rows: Int) -> Int { max(rows * Strip.width, Outer.columnsAtOnce * outerBlocks * 16) }
 
   /// tile [high, 32] += panel [high, depth] · strip [depth, 32]; or = where it `begins`. `next` is the panel that will come
-  /// after this one.
+  /// after this one; `asks` are asked for meanwhile.
   @inline(__always)
   static func product(
     panel: UnsafePointer<Float>, high: Int, strip: UnsafePointer<Float>, depth: Int,
-    into tile: UnsafeMutablePointer<Float>, begins: Bool, next: UnsafePointer<Float>
+    into tile: UnsafeMutablePointer<Float>, begins: Bool, next: UnsafePointer<Float>, _ asks: Asks
   ) {
+    let steps = (depth &+ 15) / 16
     #if WIDE_VECTORS
+      let pending = asks.inSteps(steps)
       // Strips are never packed in parts.
       // 12 × 2 sums, two columns and a broadcast: 27 of the 32 registers.
       switch high {
-      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next)
-      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile, next)
-      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile, next)
-      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile, next)
-      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile, next)
-      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile, next)
-      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile, next)
-      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile, next)
-      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile, next)
-      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile, next)
-      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile, next)
-      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next)
+      case 12: ProductTile<12, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 11: ProductTile<11, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 10: ProductTile<10, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 9: ProductTile<9, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 8: ProductTile<8, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 7: ProductTile<7, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 6: ProductTile<6, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 5: ProductTile<5, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 4: ProductTile<4, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 3: ProductTile<3, 2>.run(panel, high, strip, depth, tile, next, pending)
+      case 2: ProductTile<2, 2>.run(panel, high, strip, depth, tile, next, pending)
+      default: ProductTile<1, 2>.run(panel, high, strip, depth, tile, next, pending)
       }
     #else
       if begins { tile.update(repeating: 0, count: high &* Strip.width) }
       // 6 rows of two 8-float registers each are 12 sums of the 16 registers.
       var row = 0
+      func narrow<let M: Int>(_: ProductTile<M, 1>.Type, _ next: UnsafePointer<Float>) {
+        let shares = (high &+ 5) / 6 &* 2
+        for half in 0..<2 {
+          ProductTile<M, 1>.run(
+            panel + row &* 16, high, strip + half &* 16, depth, tile + (row &* 32 &+ half &* 16), next,
+            asks.inSteps(steps, share: row / 6 &* 2 &+ half, of: shares))
+        }
+      }
       while row < high {
-        let a = panel + (row &* 16)
-        let c = tile + (row &* 32)
         switch high &- row {
-        case 6...: narrow(ProductTile<6, 1>.self, a, high, strip, depth, c, row &+ 6 < high ? a + 96 : next)
-        case 5: narrow(ProductTile<5, 1>.self, a, high, strip, depth, c, next)
-        case 4: narrow(ProductTile<4, 1>.self, a, high, strip, depth, c, next)
-        case 3: narrow(ProductTile<3, 1>.self, a, high, strip, depth, c, next)
-        case 2: narrow(ProductTile<2, 1>.self, a, high, strip, depth, c, next)
-        default: narrow(ProductTile<1, 1>.self, a, high, strip, depth, c, next)
+        case 6...: narrow(ProductTile<6, 1>.self, row &+ 6 < high ? panel + (row &* 16 &+ 96) : next)
+        case 5: narrow(ProductTile<5, 1>.self, next)
+        case 4: narrow(ProductTile<4, 1>.self, next)
+        case 3: narrow(ProductTile<3, 1>.self, next)
+        case 2: narrow(ProductTile<2, 1>.self, next)
+        default: narrow(ProductTile<1, 1>.self, next)
         }
         row &+= 6
       }
     #endif
   }
-
-  #if !WIDE_VECTORS
-    @inline(__always)
-    private static func narrow<let M: Int>(
-      _: ProductTile<M, 1>.Type, _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>,
-      _ depth: Int, _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
-    ) {
-      ProductTile<M, 1>.run(panel, high, strip, depth, tile, next)
-      ProductTile<M, 1>.run(panel, high, strip + 16, depth, tile + 16, next)
-    }
-  #endif
 
   /// Rows and column blocks of the largest tile of `outer`: with AVX-512 8 × 3 sums, three columns and a broadcast; with AVX2
   /// 6 × 1 of two registers each.
@@ -70,6 +67,9 @@ package enum Tiles {
   #else
     static let outerRows = 6, outerBlocks = 1
   #endif
+
+  /// From so many rows on, four panels, most of the time of a tile of `outer` is that of panels with another one behind them.
+  static let manyRows = 4 * Panels.height
 
   /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
   @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }
@@ -92,32 +92,32 @@ package enum Tiles {
   @inline(__always)
   static func outer(
     _ left: Panels, from column: Int, _ right: Panels, block: Int, blocks: Int, rows: Int, times share: Float,
-    _ sink: Sink, to place: UnsafeMutablePointer<Float>, stride: Int
+    _ sink: Sink, to place: UnsafeMutablePointer<Float>, stride: Int, _ asks: Asks
   ) {
     // Sinks are types, since a choice among stores within a tile costs it its registers.
     switch sink {
-    case .adding: outer(AddingSink.self, left, column, right, block, blocks, rows, share, place, stride)
-    case .streaming: outer(StreamingSink.self, left, column, right, block, blocks, rows, share, place, stride)
-    case .desk: outer(DeskSink.self, left, column, right, block, blocks, rows, share, place, stride)
+    case .adding: outer(AddingSink.self, left, column, right, block, blocks, rows, share, place, stride, asks)
+    case .streaming: outer(StreamingSink.self, left, column, right, block, blocks, rows, share, place, stride, asks)
+    case .desk: outer(DeskSink.self, left, column, right, block, blocks, rows, share, place, stride, asks)
     }
   }
 
   @inline(__always)
   private static func outer<S: TileSink>(
     _: S.Type, _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ blocks: Int, _ rows: Int,
-    _ share: Float, _ place: UnsafeMutablePointer<Float>, _ stride: Int
+    _ share: Float, _ place: UnsafeMutablePointer<Float>, _ stride: Int, _ asks: Asks
   ) {
     #if WIDE_VECTORS
       switch blocks {
-      case 3: OuterTile<8, 3, S>.run(left, column, right, block, rows, share, place, stride)
-      case 2: OuterTile<8, 2, S>.run(left, column, right, block, rows, share, place, stride)
-      default: OuterTile<8, 1, S>.run(left, column, right, block, rows, share, place, stride)
+      case 3: OuterTile<8, 3, S>.run(left, column, right, block, rows, share, place, stride, asks)
+      case 2: OuterTile<8, 2, S>.run(left, column, right, block, rows, share, place, stride, asks)
+      default: OuterTile<8, 1, S>.run(left, column, right, block, rows, share, place, stride, asks)
       }
     #else
       if outerRows(at: column) == 6 {
-        OuterTile<6, 1, S>.run(left, column, right, block, rows, share, place, stride)
+        OuterTile<6, 1, S>.run(left, column, right, block, rows, share, place, stride, asks)
       } else {
-        OuterTile<4, 1, S>.run(left, column, right, block, rows, share, place, stride)
+        OuterTile<4, 1, S>.run(left, column, right, block, rows, share, place, stride, asks)
       }
     #endif
   }
@@ -152,8 +152,9 @@ private enum ProductTile<let M: Int, let N: Int> {
   @inline(never)
   static func run(
     _ panel: UnsafePointer<Float>, _ high: Int, _ strip: UnsafePointer<Float>, _ depth: Int,
-    _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>
+    _ tile: UnsafeMutablePointer<Float>, _ next: UnsafePointer<Float>, _ pending: Asks.Pending
   ) {
+    var pending = pending
     #if WIDE_VECTORS
       var sums0 = InlineArray<M, Vector>(repeating: .zero)
       var sums1 = InlineArray<M, Vector>(repeating: .zero)
@@ -164,6 +165,7 @@ private enum ProductTile<let M: Int, let N: Int> {
     var (a, again, b, later) = (panel, hint_any_place(panel)!, strip, next)
     var left = depth
     while left > 0 {
+      pending.ask()
       #if !WIDE_VECTORS
         // A line of each row every 16 terms is too much to wait for, from the second cache or behind it.
         for i in 0..<M { hint_read_soon(later + i &* 16) }
@@ -224,21 +226,23 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
   @inline(never)
   static func run(
     _ left: Panels, _ column: Int, _ right: Panels, _ block: Int, _ rows: Int, _ share: Float,
-    _ place: UnsafeMutablePointer<Float>, _ stride: Int
+    _ place: UnsafeMutablePointer<Float>, _ stride: Int, _ asks: Asks
   ) {
     var sums0 = InlineArray<M, Vector>(repeating: .zero)
     var sums1 = InlineArray<M, Vector>(repeating: .zero)
     var sums2 = InlineArray<M, Vector>(repeating: .zero)
     var first = 0
     #if WIDE_VECTORS
-      if rows >= OuterTile.many {
+      if rows >= Tiles.manyRows {
         // Whole panels, two rows at a time, while the same rows of the next one are asked for: no prefetcher foresees the way
         // there. Where that is the last one and lower, other lines are, which costs nothing that counts.
+        var pending = asks.inSteps(Panels.count(rows) &- 1)
         let size = Panels.height &* 16
         let (leftOn, rightOn) = (size &* left.blocks, size &* right.blocks)
         var panelOfLeft = UnsafePointer(left.base) + ((column / 16) &* size &+ column % 16)
         var panelOfRight = UnsafePointer(right.base) + (block &* size)
         while first &+ Panels.height < rows {
+          pending.ask()
           var (a, b) = (panelOfLeft, panelOfRight)
           for _ in 0..<hint_any_count(Panels.height / 2) {
             for row in 0..<2 {
@@ -275,9 +279,6 @@ private enum OuterTile<let M: Int, let N: Int, Sink: TileSink> {
       if N > 2 { Sink.put(sums2[unchecked: i], times: factor, at: row + 32) }
     }
   }
-
-  /// From so many rows on, four panels, most of a tile's time is that of panels with another one behind them.
-  private static var many: Int { 4 * Panels.height }
 
   /// What one row adds to all sums: M of its left columns from `a`, times its right blocks, `size` apart from `b`.
   @inline(__always)

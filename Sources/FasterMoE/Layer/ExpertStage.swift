@@ -15,7 +15,7 @@ extension PassContext {
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
     Product.forEachTile(
       rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
-      ahead: { column, row, high in askForUnits(column, high, first, row, slot, inner: !writesPast) }
+      ahead: { column, row, high, asks in askForUnits(column, high, first, row, slot, inner: !writesPast, &asks) }
     ) {
       column, row, high, tile, linearTile in
       var place = hiddenTile(tile, linearTile, column, high, first, row, slot)
@@ -39,12 +39,13 @@ extension PassContext {
     let first = Int(block.row) + rows.lowerBound
     if again { activateAgain(first, rows.count, into: slot.hidden) }
     let outward = product(slot.hidden, Factor(transposing: expert.outward, depth: h, columns: d))
+    findResults(first, rows.count, weighted: store.isDirect)
     Product.forEachTile(
       rows.count, in: columns, by: forwardKernel(block, rows, outward), outward,
-      ahead: { column, row, high in askForRows(first + row, high, column) }
+      ahead: { column, row, high, asks in askForRows(row, high, column, &asks) }
     ) {
       column, row, high, tile, _ in
-      storeRows(tile, first + row, high, column, bias: expert.outwardBias, adding: nil, weighted: store.isDirect)
+      storeRows(tile, row, high, column, bias: expert.outwardBias, adding: nil, weighted: store.isDirect)
     }
   }
 
@@ -117,8 +118,8 @@ extension PassContext {
     let outward = product(grads, Factor(values(block).outward, depth: shape.model, columns: shape.hidden))
     Product.forEachTile(
       rows.count, in: units, by: backwardKernel(rows, outward), outward,
-      ahead: { column, row, high in
-        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, inner: true)
+      ahead: { column, row, high, asks in
+        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, inner: true, &asks)
       }
     ) {
       column, row, high, tile, _ in
@@ -130,11 +131,11 @@ extension PassContext {
   /// Asks for what a tile of hidden units will touch.
   @inline(__always)
   private func askForUnits(
-    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, inner: Bool
+    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, inner: Bool, _ asks: inout Asks
   ) {
     let tile = desk.first.tile
     hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(
-      isGated: shape.activation.isGated, inner: inner)
+      isGated: shape.activation.isGated, inner: inner, &asks)
   }
 
   @inline(__always)
@@ -184,14 +185,13 @@ extension PassContext {
     let linear = expert.inwardLinear.map {
       secondProduct(inbox.innerLinear.from(first), Factor($0, depth: h, columns: d))
     }
+    findResults(first, rows.count, weighted: false)
     Product.forEachTile(
       rows.count, in: columns, by: backwardKernel(rows, inward), inward, linear,
-      ahead: { column, row, high in askForRows(first + row, high, column) }
+      ahead: { column, row, high, asks in askForRows(row, high, column, &asks) }
     ) {
       column, row, high, tile, linearTile in
-      storeRows(
-        tile, first + row, high, column, bias: nil, adding: linear.map { _ in linearTile },
-        weighted: false)
+      storeRows(tile, row, high, column, bias: nil, adding: linear.map { _ in linearTile }, weighted: false)
     }
   }
 

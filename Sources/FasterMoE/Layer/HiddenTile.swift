@@ -27,14 +27,14 @@ struct HiddenTile {
   /// Asks for what will be written, pre-activations too if `wantsInner`, before the tile is computed: hidden units come from
   /// farther than the second cache.
   @inline(__always)
-  func askForUnits(isGated: Bool, inner wantsInner: Bool) {
+  func askForUnits(isGated: Bool, inner wantsInner: Bool, _ asks: inout Asks) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {
-        hint_write_soon(hidden + (block &+ i &* 16))
+        asks.write(hidden + (block &+ i &* 16))
         guard wantsInner else { continue }
-        hint_write_soon(inner + (block &+ i &* 16))
-        if isGated { hint_write_soon(innerLinear + (block &+ i &* 16)) }
+        asks.write(inner + (block &+ i &* 16))
+        if isGated { asks.write(innerLinear + (block &+ i &* 16)) }
       }
     }
   }

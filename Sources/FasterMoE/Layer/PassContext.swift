@@ -29,7 +29,7 @@ struct PassContext {
     let origin = inbox.arrivals.origins[row]
     return (inbox.sources[Int(origin.worker)], Int(origin.row))
   }
-  /// A row that this worker's experts compute: its token, its output's gradient, and where its result goes.
+  /// A row that this worker's experts compute: its token, and its output's gradient.
   @inline(__always) func tokenRow(_ row: Int) -> UnsafePointer<Float> {
     let (source, at) = source(row)
     return source.token(at)
@@ -37,9 +37,5 @@ struct PassContext {
   @inline(__always) func gradRow(_ row: Int) -> UnsafePointer<Float> {
     let (source, at) = source(row)
     return source.grad(at)
-  }
-  @inline(__always) func resultRow(_ row: Int) -> UnsafeMutablePointer<Float> {
-    let (source, at) = source(row)
-    return source.result(at)
   }
 }

@@ -33,31 +33,42 @@ extension PassContext {
 
   // MARK: Rows of tokens
 
-  /// Writes a tile of `product` as rows of width d where they go, plus a bias or another tile; each times its token's
-  /// weight if `weighted`.
+  /// Notes where the results of some rows go, once for all their columns, and what they are multiplied by if `weighted`.
+  func findResults(_ first: Int, _ rows: Int, weighted: Bool) {
+    for i in 0..<rows {
+      let (source, row) = source(first + i)
+      desk.results[i] = source.result(row)
+      if weighted { desk.resultScales[i] = source.weight(row) }
+    }
+  }
+
+  /// Writes a tile of `product` as rows of width d where they go, those from `row` on of the ones that were found, plus a bias
+  /// or another tile; each times its token's weight if `weighted`.
   @inline(__always)
   func storeRows(
-    _ tile: UnsafeMutablePointer<Float>, _ first: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
+    _ tile: UnsafeMutablePointer<Float>, _ row: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
     adding second: UnsafeMutablePointer<Float>?, weighted: Bool
   ) {
+    let (results, scales) = (desk.results + row, desk.resultScales + row)
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
       let width = min(16, shape.model - half)
       let added = bias?.vector(at: half, first: width) ?? .zero
       for i in 0..<high {
         let at = i * Strip.width + half - column
         var sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
-        let (source, row) = source(first + i)
-        if weighted { sum = sum.times(Vector(repeating: source.weight(row)), plus: Vector.zero) }
-        source.result(row).store(sum, at: half, first: width)
+        if weighted { sum = sum.times(Vector(repeating: scales[i]), plus: Vector.zero) }
+        results[i].store(sum, at: half, first: width)
       }
     }
   }
 
   /// Asks for where such a tile will be written.
   @inline(__always)
-  func askForRows(_ first: Int, _ high: Int, _ column: Int) {
-    let width = min(Strip.width, shape.model - column)
-    for i in 0..<high { Prefetch.write(resultRow(first + i) + column, stride: 0, rows: 1, columns: width) }
+  func askForRows(_ row: Int, _ high: Int, _ column: Int, _ asks: inout Asks) {
+    let results = desk.results + row
+    for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
+      for i in 0..<high { asks.write(results[i] + half) }
+    }
   }
 
   /// Each token's rows, summed, where experts have not written that already: y_i = Σ_j s_ij · expert_ij(x_i) if `weighted`,

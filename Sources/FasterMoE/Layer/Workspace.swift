@@ -22,6 +22,9 @@ struct Workspace {
     let weights: UnsafeMutablePointer<Float>
     /// 16 partial sums for each row of a block.
     let rowSums: UnsafeMutablePointer<Float>
+    /// Where each row of a block has its result, and its weight.
+    let results: UnsafeMutablePointer<UnsafeMutablePointer<Float>>
+    let resultScales: UnsafeMutablePointer<Float>
   }
 
   /// What the tasks of one block share.
@@ -112,7 +115,8 @@ struct Workspace {
       columns: Panels(arena.take(gateRows * gateColumns), width: gateColumns), scores: arena.take(scores),
       logits: arena.take(scores), probabilities: arena.take(scores), gradScores: arena.take(scores),
       noise: Noise(arena: &arena, experts: shape.experts), picks: arena.take(shape.choices),
-      weights: arena.take(shape.choices), rowSums: arena.take(Block.mostRows * 16))
+      weights: arena.take(shape.choices), rowSums: arena.take(Block.mostRows * 16),
+      results: arena.take(Block.mostRows), resultScales: arena.take(Block.mostRows))
   }
 
   private static func slot(_ shape: Shape, rows: Int, _ arena: inout Arena) -> Slot {
