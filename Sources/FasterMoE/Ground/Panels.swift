@@ -41,13 +41,14 @@ package struct Panels {
   package func fill(rows: Int, from source: (Int) -> UnsafePointer<Float>) {
     let whole = width / Panels.lanes
     let rest = width % Panels.lanes
+    // Rows may come from anywhere, where no processor foresees them: some 96 lines before they are needed.
+    let ahead = max(2, 96 / blocks)
     for first in stride(from: 0, to: rows, by: Panels.height) {
       let high = min(Panels.height, rows - first)
       let step = high &* Panels.lanes
       for i in 0..<high {
         let row = source(first &+ i)
-        // Rows may come from anywhere, where no processor foresees them.
-        let later = source(min(first &+ i &+ 3, rows &- 1))
+        let later = source(min(first &+ i &+ ahead, rows &- 1))
         var to = panel(first) + i &* Panels.lanes
         for block in 0..<whole {
           Prefetch.read(later + (block &* Panels.lanes))
