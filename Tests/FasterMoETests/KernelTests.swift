@@ -88,9 +88,40 @@ struct Numbers {
   private static func withAsks(for memory: UnsafePointer<Float>, _ body: (Asks) -> Void) {
     withUnsafeTemporaryAllocation(of: UnsafeRawPointer.self, capacity: Asks.most) {
       var asks = Asks(in: $0.baseAddress!)
-      for _ in 0..<72 { asks.write(memory) }
-      for _ in 72..<Asks.most { asks.read(memory) }
+      for _ in 0..<Asks.most { asks.read(memory) }
+      for _ in 0..<Asks.mostWrites { asks.write(memory) }
       body(asks)
+    }
+  }
+
+  /// What is asked for of a strip is what packing it will read, in however many shares.
+  @Test(arguments: [1, 3, 22]) func sharesListEachLineOfAStripOnce(shares: Int) {
+    let nobody = UnsafeRawPointer(bitPattern: 1)!
+    let lines = UnsafeMutablePointer<UnsafeRawPointer>.allocate(capacity: Asks.most)
+    let matrix = UnsafeMutablePointer<Float>.allocate(capacity: 100 * 70)
+    defer { (lines.deallocate(), matrix.deallocate()) }
+    for (isTransposed, depth, columns) in [(true, 100, 70), (true, 64, 32), (false, 100, 70), (false, 7, 64)] {
+      let stride = isTransposed ? depth : columns
+      let factor =
+        isTransposed
+        ? Factor(transposing: matrix, depth: depth, columns: columns) : Factor(matrix, depth: depth, columns: columns)
+      for (column, rows) in [(0, 0..<depth), (32, 0..<depth), (64, 3..<7)] {
+        var listed: [UnsafeRawPointer] = []
+        for share in 0..<shares {
+          lines.initialize(repeating: nobody, count: Asks.most)
+          var asks = Asks(in: lines)
+          factor.list(column, rows, share: share, of: shares, in: &asks)
+          listed += UnsafeBufferPointer(start: lines, count: Asks.most).prefix { $0 != nobody }
+        }
+        let width = column..<max(column, min(columns, column + 32))
+        let (pieces, length) = isTransposed ? (width, rows) : (rows, width)
+        let expected = pieces.flatMap { piece in
+          Swift.stride(from: length.lowerBound, to: length.upperBound, by: 16).map {
+            UnsafeRawPointer(matrix + piece * stride + $0)
+          }
+        }
+        #expect(listed == expected)
+      }
     }
   }
 

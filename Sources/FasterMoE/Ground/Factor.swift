@@ -41,17 +41,21 @@ package struct Factor {
   /// The matrix itself, where it is not transposed and its columns fill whole vectors.
   package var matrixInPlace: UnsafePointer<Float>? { isTransposed || columns % 16 != 0 ? nil : matrix }
 
-  /// Adds to `asks` share `share` of `shares` of what packing `rows` of `column` will read, while what is packed is in use.
+  /// Adds to `asks` share `share` of `shares` of the lines that packing `rows` of `column` will read.
   @inline(__always)
-  package func ask(for column: Int, _ rows: Range<Int>, share: Int, of shares: Int, _ asks: inout Asks) {
+  package func list(_ column: Int, _ rows: Range<Int>, share: Int, of shares: Int, in asks: inout Asks) {
     let width = min(Strip.width, columns - column)
     guard width > 0 else { return }
-    // Pieces of rows of the matrix.
+    // Pieces of rows of the matrix, each of so many lines.
     let (pieces, length, stride) = isTransposed ? (width, rows.count, depth) : (rows.count, width, columns)
+    let lines = (length &+ 15) / 16
     let first = isTransposed ? column &* depth &+ rows.lowerBound : rows.lowerBound &* columns &+ column
-    for piece in pieces &* share / shares..<pieces &* (share &+ 1) / shares {
-      let from = matrix + (first &+ piece &* stride)
-      for at in Swift.stride(from: 0, to: length, by: 16) { asks.read(from + at) }
+    let all = pieces &* lines
+    var (piece, line) = (all &* share / shares).quotientAndRemainder(dividingBy: lines)
+    for _ in all &* share / shares..<all &* (share &+ 1) / shares {
+      asks.read(matrix + (first &+ piece &* stride &+ line &* 16))
+      line &+= 1
+      if line == lines { (piece, line) = (piece &+ 1, 0) }
     }
   }
 }

@@ -21,8 +21,8 @@ package enum Outer {
     let streams = writes && right.width % 16 == 0 && stride % 16 == 0 && UInt(bitPattern: gradient) % 64 == 0
 
     func place(_ column: Int, _ block: Int) -> UnsafeMutablePointer<Float> { gradient + (column * stride + block * 16) }
-    /// What a tile asks for: its place, if that is added to. With few rows there is no time to do so by and by.
-    func asks(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) -> Asks {
+    /// Asks for a tile's place if that is added to: at once, or if rows are many for what is returned, while they are summed.
+    func ask(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) -> Asks {
       var asks = Asks(in: desk.asks)
       guard !writes else { return asks }
       if rows < Tiles.manyRows {
@@ -34,7 +34,7 @@ package enum Outer {
       }
       return asks
     }
-    /// Puts a tile of `columns` × `blocks` · 16 in its place, for which it has been asked.
+    /// Puts a tile of `columns` × `blocks` · 16 in its place.
     func finish(_ tile: UnsafePointer<Float>, _ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
       for i in 0..<columns {
         let row = place(column + i, block)
@@ -52,7 +52,7 @@ package enum Outer {
     }
     /// The tile of some columns × some right blocks: straight to its place, or by way of the desk where an edge cuts it.
     func makeTile(_ block: Int, _ blocks: Int, _ column: Int, _ columns: Int) {
-      let asks = asks(block, blocks, column, columns)
+      let asks = ask(block, blocks, column, columns)
       func outer(_ sink: Tiles.Sink, to: UnsafeMutablePointer<Float>, stride: Int) {
         Tiles.outer(
           left, from: column, right, block: block, blocks: blocks, rows: rows, times: share, sink, to: to,
@@ -96,11 +96,7 @@ package enum Outer {
           let packed = Packed(left, columns, rows: rows, in: desk.scratch)
           for block in 0..<right.blocks {
             packed.forEachTile(right, block, tile: desk.tile) { column, columns, tile, isWhole in
-              if isWhole {
-                finish(tile, block, 1, column, columns)
-              } else {
-                asks(block, 1, column, columns).askAtOnce()
-              }
+              if isWhole { finish(tile, block, 1, column, columns) } else { _ = ask(block, 1, column, columns) }
             }
           }
         }

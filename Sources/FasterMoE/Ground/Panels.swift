@@ -41,7 +41,7 @@ package struct Panels {
   package func fill(rows: Int, from source: (Int) -> UnsafePointer<Float>) {
     let whole = width / Panels.lanes
     let rest = width % Panels.lanes
-    // Rows may come from anywhere, where no processor foresees them: some 96 lines before they are needed.
+    // Rows may come from anywhere, where no processor foresees them: asked for 96 lines before they are needed, or two rows.
     let ahead = max(2, 96 / blocks)
     for first in stride(from: 0, to: rows, by: Panels.height) {
       let high = min(Panels.height, rows - first)

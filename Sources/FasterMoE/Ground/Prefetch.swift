@@ -34,28 +34,31 @@ package enum Prefetch {
 /// Lines of memory that a tile asks for while it computes, a few at a time: a core that asks for more than it has buffers for,
 /// 16 on Intel's, waits until the first ones have come.
 package struct Asks {
-  /// More than a tile's own places take: 12 rows of two lines in three matrices.
-  static let most = 192
+  /// A tile's own places, 12 rows of two lines in three matrices at most, and what is usually its share of a strip.
+  static let most = 384, mostWrites = 72
   private let lines: UnsafeMutablePointer<UnsafeRawPointer>
-  /// Of the lines, those to be written, which are the first ones.
-  private var writes = 0
   private var count = 0
+  /// Of the lines, those to be read, which are the first ones: they are needed last, but come from farther.
+  private var reads = 0
 
   /// None yet; `memory` has room for `most`.
   init(in memory: UnsafeMutablePointer<UnsafeRawPointer>) { lines = memory }
 
-  /// The line at `address` will be written; said before any that will be read.
-  @inline(__always)
-  package mutating func write(_ address: UnsafeRawPointer) {
-    lines[count] = address
-    count &+= 1
-    writes = count
-  }
-
-  /// The line at `address` will be read, some time later.
+  /// The line at `address` will be read, some time later; said before any that will be written. More than there is room for
+  /// are asked for at once.
   @inline(__always)
   package mutating func read(_ address: UnsafeRawPointer) {
-    guard count < Asks.most else { return hint_read_later(address) }
+    assert(count == reads)
+    guard count < Asks.most &- Asks.mostWrites else { return hint_read_later(address) }
+    lines[count] = address
+    count &+= 1
+    reads = count
+  }
+
+  /// The line at `address` will be written.
+  @inline(__always)
+  package mutating func write(_ address: UnsafeRawPointer) {
+    assert(count - reads < Asks.mostWrites)
     lines[count] = address
     count &+= 1
   }
@@ -68,19 +71,19 @@ package struct Asks {
   }
 
   /// Share `share` of `shares` of them, to be asked for in so many steps, of which the last quarter asks for none: that is
-  /// when they come.
+  /// when the last ones come.
   @inline(__always)
   func inSteps(_ steps: Int, share: Int = 0, of shares: Int = 1) -> Pending {
     let (first, end) = (count &* share / shares, count &* (share &+ 1) / shares)
     let asking = steps &- steps / 4
     return Pending(
-      next: lines + first, end: lines + end, reads: lines + writes, atOnce: (end &- first &+ asking &- 1) / asking)
+      next: lines + first, end: lines + end, writes: lines + reads, atOnce: (end &- first &+ asking &- 1) / asking)
   }
 
   /// Lines that a tile has still to ask for.
   struct Pending {
     fileprivate var next: UnsafeMutablePointer<UnsafeRawPointer>
-    fileprivate let end, reads: UnsafeMutablePointer<UnsafeRawPointer>
+    fileprivate let end, writes: UnsafeMutablePointer<UnsafeRawPointer>
     fileprivate let atOnce: Int
 
     /// In one step.
@@ -88,7 +91,7 @@ package struct Asks {
     mutating func ask() {
       let until = min(next + atOnce, end)
       while next < until {
-        if next < reads { hint_write_soon(next.pointee) } else { hint_read_later(next.pointee) }
+        if next < writes { hint_read_later(next.pointee) } else { hint_write_soon(next.pointee) }
         next += 1
       }
     }

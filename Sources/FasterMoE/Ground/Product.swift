@@ -39,7 +39,7 @@ package struct Product {
 
   /// Multiplies `rows` rows, 32 columns at a time, and calls `body` with each panel's tile while it is hot: its column,
   /// first row, height and memory, and that of the second product, if there is one, at the same place. `ahead` is called
-  /// before the tile is computed, to ask for the memory that `body` will write.
+  /// before the tile is computed, to list the memory that `body` will write.
   ///
   /// `columns` are all of them or begin and end at multiples of 32. Where a kernel in place cannot take the matrix, or some
   /// of its columns, strips do.
@@ -96,12 +96,14 @@ package struct Product {
         let row = panel * Panels.height
         let high = min(Panels.height, rows - row)
         var asks = Asks(in: product.desk.asks)
-        if isLast { ahead(column, row, high, &asks) }
-        product.multiply(row, of: rows, part, asking: next, panel, panels, &asks)
+        product.factor.list(next.0, next.1, share: panel, of: panels, in: &asks)
         if let second {
-          asks = Asks(in: second.desk.asks)
-          second.multiply(row, of: rows, part, asking: next, panel, panels, &asks)
+          product.multiply(row, of: rows, part, asks)
+          asks = Asks(in: product.desk.asks)
+          second.factor.list(next.0, next.1, share: panel, of: panels, in: &asks)
         }
+        if isLast { ahead(column, row, high, &asks) }
+        (second ?? product).multiply(row, of: rows, part, asks)
         if isLast { body(column, row, high, product.tile(row), (second ?? product).tile(row)) }
       }
     }
@@ -182,18 +184,13 @@ package struct Product {
     asks.askAtOnce()
   }
 
-  /// Adds to the tile of one panel what the packed part of a strip gives, asking meanwhile for `asks` and for a share of the
-  /// next strip.
+  /// Adds to the tile of one panel what the packed part of a strip gives, asking for `asks` meanwhile.
   @inline(__always)
-  private func multiply(
-    _ row: Int, of rows: Int, _ part: Range<Int>, asking next: (column: Int, part: Range<Int>), _ panel: Int,
-    _ panels: Int, _ asks: inout Asks
-  ) {
-    factor.ask(for: next.column, next.part, share: panel, of: panels, &asks)
+  private func multiply(_ row: Int, of rows: Int, _ part: Range<Int>, _ asks: Asks) {
     func place(_ row: Int, _ from: Int) -> UnsafePointer<Float> {
       UnsafePointer(left.panel(row)) + from &* min(Panels.height, rows &- row)
     }
-    let isLast = panel &+ 1 == panels
+    let isLast = row &+ Panels.height >= rows
     Tiles.product(
       panel: place(row, part.lowerBound), high: min(Panels.height, rows &- row), strip: desk.strip, depth: part.count,
       into: tile(row), begins: part.lowerBound == 0,

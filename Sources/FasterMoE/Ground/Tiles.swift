@@ -38,7 +38,7 @@ package enum Tiles {
       if begins { tile.update(repeating: 0, count: high &* Strip.width) }
       // 6 rows of two 8-float registers each are 12 sums of the 16 registers.
       var row = 0
-      func narrow<let M: Int>(_: ProductTile<M, 1>.Type, _ next: UnsafePointer<Float>) {
+      func narrow<let M: Int>(_: ProductTile<M, 1>.Type, _ row: Int, _ next: UnsafePointer<Float>) {
         let shares = (high &+ 5) / 6 &* 2
         for half in 0..<2 {
           ProductTile<M, 1>.run(
@@ -48,12 +48,12 @@ package enum Tiles {
       }
       while row < high {
         switch high &- row {
-        case 6...: narrow(ProductTile<6, 1>.self, row &+ 6 < high ? panel + (row &* 16 &+ 96) : next)
-        case 5: narrow(ProductTile<5, 1>.self, next)
-        case 4: narrow(ProductTile<4, 1>.self, next)
-        case 3: narrow(ProductTile<3, 1>.self, next)
-        case 2: narrow(ProductTile<2, 1>.self, next)
-        default: narrow(ProductTile<1, 1>.self, next)
+        case 6...: narrow(ProductTile<6, 1>.self, row, row &+ 6 < high ? panel + (row &* 16 &+ 96) : next)
+        case 5: narrow(ProductTile<5, 1>.self, row, next)
+        case 4: narrow(ProductTile<4, 1>.self, row, next)
+        case 3: narrow(ProductTile<3, 1>.self, row, next)
+        case 2: narrow(ProductTile<2, 1>.self, row, next)
+        default: narrow(ProductTile<1, 1>.self, row, next)
         }
         row &+= 6
       }
@@ -69,7 +69,12 @@ package enum Tiles {
   #endif
 
   /// From so many rows on, four panels, most of the time of a tile of `outer` is that of panels with another one behind them.
-  static let manyRows = 4 * Panels.height
+  /// Only tiles for AVX-512 ask for the next one.
+  #if WIDE_VECTORS
+    static let manyRows = 4 * Panels.height
+  #else
+    static let manyRows = Int.max
+  #endif
 
   /// How many rows the tile of `outer` at a column of `left` has: tiles do not reach over a block of 16.
   @inline(__always) static func outerRows(at column: Int) -> Int { min(outerRows, 16 &- column % 16) }

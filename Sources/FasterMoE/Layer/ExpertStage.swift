@@ -15,7 +15,7 @@ extension PassContext {
     let linear = expert.inwardLinear.map { secondProduct(slot.tokens, Factor(transposing: $0, depth: d, columns: h)) }
     Product.forEachTile(
       rows.count, in: units, by: forwardKernel(block, rows, inward), inward, linear,
-      ahead: { column, row, high, asks in askForUnits(column, high, first, row, slot, inner: !writesPast, &asks) }
+      ahead: { column, row, high, asks in listUnits(column, high, first, row, slot, inner: !writesPast, in: &asks) }
     ) {
       column, row, high, tile, linearTile in
       var place = hiddenTile(tile, linearTile, column, high, first, row, slot)
@@ -42,7 +42,7 @@ extension PassContext {
     findResults(first, rows.count, weighted: store.isDirect)
     Product.forEachTile(
       rows.count, in: columns, by: forwardKernel(block, rows, outward), outward,
-      ahead: { column, row, high, asks in askForRows(row, high, column, &asks) }
+      ahead: { column, row, high, asks in listRows(row, high, column, in: &asks) }
     ) {
       column, row, high, tile, _ in
       storeRows(tile, row, high, column, bias: expert.outwardBias, adding: nil, weighted: store.isDirect)
@@ -119,7 +119,7 @@ extension PassContext {
     Product.forEachTile(
       rows.count, in: units, by: backwardKernel(rows, outward), outward,
       ahead: { column, row, high, asks in
-        askForUnits(column, high, Int(block.row), rows.lowerBound + row, slot, inner: true, &asks)
+        listUnits(column, high, Int(block.row), rows.lowerBound + row, slot, inner: true, in: &asks)
       }
     ) {
       column, row, high, tile, _ in
@@ -128,14 +128,15 @@ extension PassContext {
     }
   }
 
-  /// Asks for what a tile of hidden units will touch.
+  /// Lists what a tile of hidden units will write.
   @inline(__always)
-  private func askForUnits(
-    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, inner: Bool, _ asks: inout Asks
+  private func listUnits(
+    _ column: Int, _ high: Int, _ first: Int, _ row: Int, _ slot: Workspace.Slot, inner: Bool,
+    in asks: inout Asks
   ) {
     let tile = desk.first.tile
-    hiddenTile(tile, tile, column, high, first, row, slot).askForUnits(
-      isGated: shape.activation.isGated, inner: inner, &asks)
+    hiddenTile(tile, tile, column, high, first, row, slot).listUnits(
+      isGated: shape.activation.isGated, inner: inner, in: &asks)
   }
 
   @inline(__always)
@@ -188,7 +189,7 @@ extension PassContext {
     findResults(first, rows.count, weighted: false)
     Product.forEachTile(
       rows.count, in: columns, by: backwardKernel(rows, inward), inward, linear,
-      ahead: { column, row, high, asks in askForRows(row, high, column, &asks) }
+      ahead: { column, row, high, asks in listRows(row, high, column, in: &asks) }
     ) {
       column, row, high, tile, linearTile in
       storeRows(tile, row, high, column, bias: nil, adding: linear.map { _ in linearTile }, weighted: false)

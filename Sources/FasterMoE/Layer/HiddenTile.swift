@@ -24,10 +24,9 @@ struct HiddenTile {
     }
   }
 
-  /// Asks for what will be written, pre-activations too if `wantsInner`, before the tile is computed: hidden units come from
-  /// farther than the second cache.
+  /// Lists what will be written, pre-activations too if `wantsInner`: hidden units come from farther than the second cache.
   @inline(__always)
-  func askForUnits(isGated: Bool, inner wantsInner: Bool, _ asks: inout Asks) {
+  func listUnits(isGated: Bool, inner wantsInner: Bool, in asks: inout Asks) {
     for half in 0..<2 where column / 16 + half < blocks {
       let block = (column / 16 + half) &* high &* 16
       for i in 0..<high {

@@ -49,7 +49,7 @@ extension PassContext {
     _ tile: UnsafeMutablePointer<Float>, _ row: Int, _ high: Int, _ column: Int, bias: UnsafeMutablePointer<Float>?,
     adding second: UnsafeMutablePointer<Float>?, weighted: Bool
   ) {
-    let (results, scales) = (desk.results + row, desk.resultScales + row)
+    let (places, scales) = (desk.results + row, desk.resultScales + row)
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
       let width = min(16, shape.model - half)
       let added = bias?.vector(at: half, first: width) ?? .zero
@@ -57,17 +57,17 @@ extension PassContext {
         let at = i * Strip.width + half - column
         var sum = tile.vector(at: at) + (second?.vector(at: at) ?? added)
         if weighted { sum = sum.times(Vector(repeating: scales[i]), plus: Vector.zero) }
-        results[i].store(sum, at: half, first: width)
+        places[i].store(sum, at: half, first: width)
       }
     }
   }
 
-  /// Asks for where such a tile will be written.
+  /// Lists where such a tile will be written.
   @inline(__always)
-  func askForRows(_ row: Int, _ high: Int, _ column: Int, _ asks: inout Asks) {
-    let results = desk.results + row
+  func listRows(_ row: Int, _ high: Int, _ column: Int, in asks: inout Asks) {
+    let places = desk.results + row
     for half in stride(from: column, to: min(column + Strip.width, shape.model), by: 16) {
-      for i in 0..<high { asks.write(results[i] + half) }
+      for i in 0..<high { asks.write(places[i] + half) }
     }
   }
 
