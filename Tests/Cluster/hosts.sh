@@ -41,7 +41,8 @@ start() { # NAME unshare-options...
   FASTERMOE_HOST=$name setsid unshare --net --uts --mount "$@" -- bash -c 'hostname "$1"; ip link set lo up
     mount --bind "$2/hosts" /etc/hosts
     [ "$1" = switch ] || mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-    echo cubic >/proc/sys/net/ipv4/tcp_congestion_control; echo 0 >/proc/sys/net/ipv4/tcp_slow_start_after_idle
+    for control in cubic reno; do echo $control >/proc/sys/net/ipv4/tcp_congestion_control && break; done
+    echo 0 >/proc/sys/net/ipv4/tcp_slow_start_after_idle
     : >"$2/$1.ready"; [ "$1" != switch ] || exec sleep infinity
     while :; do sleep infinity; done' - "$name" "$state" </dev/null >/dev/null 2>&1 &
   local outer=$! tries

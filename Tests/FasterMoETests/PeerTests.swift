@@ -160,6 +160,50 @@ final class Mailbox: @unchecked Sendable {
     }
   }
 
+  /// A link of two ranks, seen from one of them, that moves all or a little less than half of what is under way between two
+  /// looks, which are a millisecond apart.
+  private final class Link: Transport {
+    let (rank, size) = (0, 2)
+    let movesAll: Bool
+    /// Pieces under way, those of them that have moved, and the most that were under way.
+    var (underWay, moved, most) = (0, 0, 0)
+
+    init(movesAll: Bool) { self.movesAll = movesAll }
+
+    func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool) -> UnsafeMutableRawPointer? {
+      underWay += 1
+      most = max(most, underWay)
+      return nil
+    }
+
+    func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) -> Bool {
+      guard moved > 0 else {
+        // The next look.
+        usleep(1000)
+        moved = movesAll ? underWay : max(1, underWay / 2 - 1)
+        return false
+      }
+      (moved, underWay) = (moved - 1, underWay - 1)
+      return true
+    }
+  }
+
+  /// More may be under way where everything was gone at looks that came late.
+  @Test func windowsFitWhatMovesBetweenLooks() throws {
+    func most(movesAll: Bool) throws -> Int {
+      let link = Link(movesAll: movesAll)
+      let wire = Wire(link, timeout: Seconds(20))
+      let bytes = [UInt8](repeating: 0, count: 100 * Wire.piece)
+      try bytes.withUnsafeBytes { bytes in
+        wire.send(bytes.baseAddress!, bytes.count, to: 1)
+        try wire.run()
+      }
+      return link.most
+    }
+    #expect(try most(movesAll: true) == 32)
+    #expect(try most(movesAll: false) == 8)
+  }
+
   @Test(arguments: [1, 2, 3, 5], [1, 40_001])
   func broadcastAndReduceGoAlongTheChain(size: Int, count: Int) {
     for root in 0..<size {
