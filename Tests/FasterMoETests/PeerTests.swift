@@ -164,44 +164,52 @@ final class Mailbox: @unchecked Sendable {
   /// looks, which are a millisecond apart.
   private final class Link: Transport {
     let (rank, size) = (0, 2)
-    let movesAll: Bool
-    /// Pieces under way, those of them that have moved, and the most that were under way.
-    var (underWay, moved, most) = (0, 0, 0)
-
-    init(movesAll: Bool) { self.movesAll = movesAll }
+    var movesAll = true
+    /// Pieces that have begun, that have ended, that may end before the next look, and the most that were under way.
+    var (begun, ended, moved, most) = (0, 0, 0, 0)
 
     func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool) -> UnsafeMutableRawPointer? {
-      underWay += 1
-      most = max(most, underWay)
-      return nil
+      begun += 1
+      most = max(most, begun - ended)
+      return UnsafeMutableRawPointer(bitPattern: begun)
     }
 
     func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) -> Bool {
+      #expect(UInt(bitPattern: request) == UInt(ended) + 1, "the oldest one")
       guard moved > 0 else {
         // The next look.
         usleep(1000)
-        moved = movesAll ? underWay : max(1, underWay / 2 - 1)
+        moved = movesAll ? begun - ended : max(1, (begun - ended) / 2 - 1)
         return false
       }
-      (moved, underWay) = (moved - 1, underWay - 1)
+      (moved, ended) = (moved - 1, ended + 1)
       return true
     }
   }
 
-  /// More may be under way where everything was gone at looks that came late.
-  @Test func windowsFitWhatMovesBetweenLooks() throws {
-    func most(movesAll: Bool) throws -> Int {
-      let link = Link(movesAll: movesAll)
-      let wire = Wire(link, timeout: Seconds(20))
-      let bytes = [UInt8](repeating: 0, count: 100 * Wire.piece)
-      try bytes.withUnsafeBytes { bytes in
-        wire.send(bytes.baseAddress!, bytes.count, to: 1)
+  /// More may be under way where everything was gone at looks that came late, and less again where much was left.
+  @Test(arguments: [false, true]) func windowsFitWhatMovesBetweenLooks(receiving: Bool) throws {
+    let link = Link()
+    let wire = Wire(link, timeout: Seconds(20))
+    var bytes = [UInt8](repeating: 0, count: 100 * Wire.piece + 5)
+    func most(movesAll: Bool, _ count: Int) throws -> Int {
+      (link.movesAll, link.most) = (movesAll, 0)
+      try bytes.withUnsafeMutableBytes { bytes in
+        if receiving {
+          wire.receive(bytes.baseAddress!, count, from: 1)
+        } else {
+          wire.send(bytes.baseAddress!, count, to: 1)
+        }
         try wire.run()
       }
       return link.most
     }
-    #expect(try most(movesAll: true) == 32)
-    #expect(try most(movesAll: false) == 8)
+    let ahead = receiving ? 2 : 0
+    #expect(try most(movesAll: true, bytes.count) == 32 + ahead)
+    // Short ones do not change it.
+    for _ in 0..<5 { #expect(try most(movesAll: false, 8) == 1) }
+    #expect(try most(movesAll: false, bytes.count) == 32 + ahead)
+    #expect(try most(movesAll: false, bytes.count) < 32 + ahead)
   }
 
   @Test(arguments: [1, 2, 3, 5], [1, 40_001])

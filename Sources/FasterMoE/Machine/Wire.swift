@@ -31,9 +31,9 @@ package final class Wire {
   package static let piece = 60 * 1024
   /// Pieces under way to all peers where a look finds some left whenever it comes, and at most to an only peer.
   private static let (fewUnderWay, mostUnderWay) = (8, 32)
-  /// Looks that are this far apart had somebody else on the core in between; a sleep of this thread's is shorter.
+  /// Between looks that are this far apart somebody else had the core, or this thread was long at work; it sleeps less.
   private static let longGap = Seconds(0.5e-3)
-  /// Requests of one stream: pieces are asked for two ahead of what is sent.
+  /// Requests of one stream: two more pieces are asked for than a window has.
   private static let places = mostUnderWay + 2
 
   /// One direction between this rank and a peer.
@@ -55,8 +55,9 @@ package final class Wire {
     /// Of the requests under way the oldest, in the stream's ring.
     var oldest = 0
     var underWay = 0
-    /// Whether more would go if its window were wider, and whether that has become so during this stream.
+    /// Whether more would go if its window were wider, whether that ever was so, and whether the window has become wider.
     var isFull = false
+    var wasFull = false
     var hasWidened = false
   }
 
@@ -225,7 +226,7 @@ package final class Wire {
   }
 
   /// Fits a window to what moves while somebody else has the core: twice as wide if nothing was left by then, a little
-  /// narrower if more than half was, or if a whole stream had no need of it.
+  /// narrower if more than half was, or if a whole stream that filled it never emptied it.
   private func fit(_ stream: UnsafeMutablePointer<Stream>) {
     let window = window(of: stream)
     if stream.pointee.isFull, looked.value - lookedBefore.value > Wire.longGap.value {
@@ -236,7 +237,7 @@ package final class Wire {
         window.pointee = max(narrowest, window.pointee - 1)
       }
     }
-    if stream.pointee.moved == stream.pointee.bytes, !stream.pointee.hasWidened {
+    if stream.pointee.moved == stream.pointee.bytes, stream.pointee.wasFull, !stream.pointee.hasWidened {
       window.pointee = max(narrowest, window.pointee * 3 / 4)
     }
   }
@@ -261,7 +262,9 @@ package final class Wire {
         receiving: stream.pointee.receiving)
       stream.pointee.started += size
     }
-    stream.pointee.isFull = stream.pointee.started < stream.pointee.bytes
+    let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
+    stream.pointee.isFull = size > 0 && stream.pointee.started + size <= ready
+    if stream.pointee.isFull { stream.pointee.wasFull = true }
   }
 
   /// This rank cannot go on with what the others have begun.
