@@ -89,7 +89,7 @@ typedef struct fmoe_transport {           /* what the library needs from MPI, UC
    * test sets *done to 1 once all messages of the request have moved, which ends the request; it also drives progress.
    * Both return 0, or anything else when a peer is lost: the group is then broken.
    * The library calls them from the thread that is in a collective call and only during such calls.  It sends large
-   * volumes in messages of 60 KiB at most, several under way to each peer, as a rule received ahead; a sent message that counts
+   * volumes in messages of 60 KiB at most, several under way to each peer and received ahead; a sent message that counts
    * as moved only once its receiver has it (as MPI_Issend does) bounds what a slow receiver must store.
    * release: once the group is gone.  Messages of a broken group may still be under way then: the library never gives
    * their memory back.  If making the group fails, release is not called and the context stays the caller's; where a peer

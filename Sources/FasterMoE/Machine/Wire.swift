@@ -29,12 +29,15 @@ package final class Wire {
   /// Bytes of a piece: below the limit where MPI stops sending at once and first asks the receiver, since that question
   /// waits behind whatever the receiver itself is sending and makes the two directions take turns.
   package static let piece = 60 * 1024
-  /// Pieces under way to all peers where a look finds some left whenever it comes, and at most to an only peer.
-  private static let (fewUnderWay, mostUnderWay) = (8, 32)
-  /// Between looks that are this far apart somebody else had the core, or this thread was long at work; it sleeps less.
-  private static let longGap = Seconds(0.5e-3)
-  /// Requests of one stream: two more pieces are asked for than a window has.
-  private static let places = mostUnderWay + 2
+  /// Sent pieces under way to an only peer, and to all of several together: fewer than a link moves between two looks make it
+  /// wait for the next one, which may take some milliseconds where somebody computes on this core; of more, later steps
+  /// take their share of links that others need first. The same on all ranks, whatever each has seen of its links: answers to
+  /// the one with fewer would wait behind what the others have sent ahead.
+  private static let (toOne, toSeveral) = (24, 8)
+  /// Received ones are asked for so many ahead of these.
+  private static let ahead = 2
+  /// Requests of one stream.
+  private static let places = toOne + ahead
 
   /// One direction between this rank and a peer.
   private struct Stream {
@@ -55,20 +58,12 @@ package final class Wire {
     /// Of the requests under way the oldest, in the stream's ring.
     var oldest = 0
     var underWay = 0
-    /// Whether more would go if its window were wider, whether that ever was so, and whether the window has become wider.
-    var isFull = false
-    var wasFull = false
-    var hasWidened = false
   }
 
   private let transport: any Transport
   private let timeout: Seconds?
-  /// [W, 2] pieces under way in one stream to each peer and from it (of these two more are asked for), and the fewest and
-  /// most there may be. With fewer than a link moves between two looks it waits for the next one, which may take some
-  /// milliseconds where somebody computes on this core; more wait in the system's buffers, where answers wait behind them
-  /// and later steps take their share of the link early.
-  private let windows: UnsafeMutablePointer<Int>
-  private let narrowest, widest: Int
+  /// Sent pieces under way in one stream.
+  private let window: Int
   private var capacity: Int
   private var streams: UnsafeMutablePointer<Stream>
   /// A ring of `places` requests for each stream.
@@ -88,12 +83,7 @@ package final class Wire {
   package init(_ transport: any Transport, timeout: Seconds?) {
     self.transport = transport
     self.timeout = timeout
-    let peers = max(1, transport.size - 1)
-    narrowest = max(2, Wire.fewUnderWay / peers)
-    // Among several peers wider windows were slower: 4 hosts exchanged rows at 0.82 of plain sockets' rate, not at 0.98.
-    widest = peers == 1 ? Wire.mostUnderWay : narrowest
-    windows = .allocate(capacity: 2 * transport.size)
-    windows.initialize(repeating: narrowest, count: 2 * transport.size)
+    window = transport.size > 2 ? max(2, Wire.toSeveral / (transport.size - 1)) : Wire.toOne
     capacity = 4 * transport.size
     streams = .allocate(capacity: capacity)
     requests = .allocate(capacity: capacity * Wire.places)
@@ -103,7 +93,6 @@ package final class Wire {
     streams.deinitialize(count: count)
     streams.deallocate()
     requests.deallocate()
-    windows.deallocate()
   }
 
   /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
@@ -217,36 +206,13 @@ package final class Wire {
       stream.pointee.underWay -= 1
       hasMoved = true
     }
-    if hasMoved { fit(stream) }
     return hasMoved
-  }
-
-  private func window(of stream: UnsafeMutablePointer<Stream>) -> UnsafeMutablePointer<Int> {
-    windows + 2 * stream.pointee.peer + (stream.pointee.receiving ? 1 : 0)
-  }
-
-  /// Fits a window to what moves while somebody else has the core: twice as wide if nothing was left by then, a little
-  /// narrower if more than half was, or if a whole stream that filled it never emptied it.
-  private func fit(_ stream: UnsafeMutablePointer<Stream>) {
-    let window = window(of: stream)
-    if stream.pointee.isFull, looked.value - lookedBefore.value > Wire.longGap.value {
-      if stream.pointee.underWay == 0 {
-        window.pointee = min(widest, 2 * window.pointee)
-        stream.pointee.hasWidened = true
-      } else if stream.pointee.underWay > window.pointee / 2 {
-        window.pointee = max(narrowest, window.pointee - 1)
-      }
-    }
-    if stream.pointee.moved == stream.pointee.bytes, stream.pointee.wasFull, !stream.pointee.hasWidened {
-      window.pointee = max(narrowest, window.pointee * 3 / 4)
-    }
   }
 
   /// Starts the pieces that are there to be moved and have room.
   private func start(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) {
-    let most = window(of: stream).pointee + (stream.pointee.receiving ? 2 : 0)
+    let most = stream.pointee.receiving ? window + Wire.ahead : window
     guard stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most else { return }
-    stream.pointee.isFull = false
     var ready = stream.pointee.bytes
     if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
     if stream.pointee.tag >= 0 { ready = min(ready, freight?.ready(stream.pointee.tag) ?? ready) }
@@ -262,9 +228,6 @@ package final class Wire {
         receiving: stream.pointee.receiving)
       stream.pointee.started += size
     }
-    let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
-    stream.pointee.isFull = size > 0 && stream.pointee.started + size <= ready
-    if stream.pointee.isFull { stream.pointee.wasFull = true }
   }
 
   /// This rank cannot go on with what the others have begun.
