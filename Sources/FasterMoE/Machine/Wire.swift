@@ -29,12 +29,12 @@ package final class Wire {
   /// Bytes of a piece: below the limit where MPI stops sending at once and first asks the receiver, since that question
   /// waits behind whatever the receiver itself is sending and makes the two directions take turns.
   package static let piece = 60 * 1024
-  /// Sent pieces under way to an only peer, and to all of several together: fewer than a link moves between two looks make it
-  /// wait for the next one, which may take some milliseconds where somebody computes on this core; of more, later steps
-  /// take their share of links that others need first. The same on all ranks, whatever each has seen of its links: answers to
+  /// Pieces under way to an only peer, and to all of several together: fewer than a link moves between two looks make it wait
+  /// for the next one, which may take some milliseconds where somebody computes on this core; more than a link is quick to
+  /// move are in the way of what others need first. The same on all ranks, whatever each has seen of its links: answers to
   /// the one with fewer would wait behind what the others have sent ahead.
-  private static let (toOne, toSeveral) = (24, 8)
-  /// Received ones are asked for so many ahead of these.
+  private static let (toOne, toSeveral) = (16, 8)
+  /// So many more are asked for.
   private static let ahead = 2
   /// Requests of one stream.
   private static let places = toOne + ahead
@@ -62,8 +62,11 @@ package final class Wire {
 
   private let transport: any Transport
   private let timeout: Seconds?
-  /// Sent pieces under way in one stream.
+  /// Most pieces under way to a peer.
   private let window: Int
+  /// [W, 2] pieces under way to each peer and from it, of all streams: with a window for each stream, the next step's would
+  /// take their share of the link before this one's are through.
+  private let underWay: UnsafeMutablePointer<Int>
   private var capacity: Int
   private var streams: UnsafeMutablePointer<Stream>
   /// A ring of `places` requests for each stream.
@@ -84,6 +87,8 @@ package final class Wire {
     self.transport = transport
     self.timeout = timeout
     window = transport.size > 2 ? max(2, Wire.toSeveral / (transport.size - 1)) : Wire.toOne
+    underWay = .allocate(capacity: 2 * transport.size)
+    underWay.initialize(repeating: 0, count: 2 * transport.size)
     capacity = 4 * transport.size
     streams = .allocate(capacity: capacity)
     requests = .allocate(capacity: capacity * Wire.places)
@@ -93,6 +98,7 @@ package final class Wire {
     streams.deinitialize(count: count)
     streams.deallocate()
     requests.deallocate()
+    underWay.deallocate()
   }
 
   /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
@@ -204,6 +210,7 @@ package final class Wire {
       stream.pointee.moved += size
       stream.pointee.oldest = (stream.pointee.oldest + 1) % Wire.places
       stream.pointee.underWay -= 1
+      underWay[lane(of: stream)] -= 1
       hasMoved = true
     }
     return hasMoved
@@ -211,18 +218,20 @@ package final class Wire {
 
   /// Starts the pieces that are there to be moved and have room.
   private func start(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) {
+    let lane = lane(of: stream)
     let most = stream.pointee.receiving ? window + Wire.ahead : window
-    guard stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most else { return }
+    guard stream.pointee.started < stream.pointee.bytes, underWay[lane] < most else { return }
     var ready = stream.pointee.bytes
     if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
     if stream.pointee.tag >= 0 { ready = min(ready, freight?.ready(stream.pointee.tag) ?? ready) }
-    while stream.pointee.started < stream.pointee.bytes, stream.pointee.underWay < most {
+    while stream.pointee.started < stream.pointee.bytes, underWay[lane] < most {
       let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
       if stream.pointee.started == 0 { stream.pointee.times?.pointee.asked = looked }
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.places
       // Counted before: a transport that fails to start may have taken the bytes all the same.
       stream.pointee.underWay += 1
+      underWay[lane] += 1
       ring(stream)[place] = try transport.start(
         stream.pointee.base + stream.pointee.started, size, peer: stream.pointee.peer,
         receiving: stream.pointee.receiving)
@@ -233,6 +242,10 @@ package final class Wire {
   /// This rank cannot go on with what the others have begun.
   package func end(_ failure: Failure) {
     self.failure = Failure(.peer, "the group has ended on this rank: \(failure.message)")
+  }
+
+  private func lane(of stream: UnsafeMutablePointer<Stream>) -> Int {
+    2 * stream.pointee.peer + (stream.pointee.receiving ? 1 : 0)
   }
 
   private func ring(_ stream: UnsafeMutablePointer<Stream>) -> UnsafeMutablePointer<UnsafeMutableRawPointer?> {
