@@ -160,26 +160,38 @@ final class Mailbox: @unchecked Sendable {
     }
   }
 
-  /// A link that has moved at most so many pieces by the next look, and knows the most that were under way.
-  private final class Link: Transport {
+  /// Links that have each moved at most so many pieces by the next look, and know the most that were under way.
+  private final class Links: Transport {
     let (rank, size, speed): (Int, Int, Int)
-    private(set) var (begun, ended, mayEnd, most) = (0, 0, 0, 0)
+    /// To each peer, then from each.
+    private(set) var lanes: [(begun: Int, ended: Int, mayEnd: Int, most: Int)]
+    private let naps: UInt32
+    /// So often nothing has moved yet.
+    private var looksToWait: Int
 
-    init(ranks: Int, speed: Int) { (rank, size, self.speed) = (0, ranks, speed) }
+    init(rank: Int, of size: Int, speed: Int, naps: UInt32 = 0, looksToWait: Int = 0) {
+      self.looksToWait = looksToWait
+      (self.rank, self.size, self.speed, self.naps) = (rank, size, speed, naps)
+      lanes = Array(repeating: (0, 0, 0, 0), count: 2 * size)
+    }
 
     func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool) -> UnsafeMutableRawPointer? {
-      begun += 1
-      most = max(most, begun - ended)
-      return UnsafeMutableRawPointer(bitPattern: begun)
+      let lane = peer + (receiving ? size : 0)
+      lanes[lane].begun += 1
+      lanes[lane].most = max(lanes[lane].most, lanes[lane].begun - lanes[lane].ended)
+      return UnsafeMutableRawPointer(bitPattern: lane << 32 + lanes[lane].begun)
     }
 
     func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) -> Bool {
+      let (lane, number) = Int(bitPattern: request).quotientAndRemainder(dividingBy: 1 << 32)
       // They end in the order in which they began; of a later step's none may have ended yet.
-      guard UInt(bitPattern: request) == UInt(ended) + 1, ended < mayEnd else {
-        mayEnd = min(begun, ended + speed)
+      guard number == lanes[lane].ended + 1, lanes[lane].ended < lanes[lane].mayEnd else {
+        looksToWait -= 1
+        if looksToWait < 0 { lanes[lane].mayEnd = min(lanes[lane].begun, lanes[lane].ended + speed) }
+        usleep(naps)
         return false
       }
-      ended += 1
+      lanes[lane].ended += 1
       return true
     }
   }
@@ -188,30 +200,48 @@ final class Mailbox: @unchecked Sendable {
   /// on both: so how many there are depends on nothing but the count of ranks.
   @Test(arguments: [2, 3, 5, 100]) func equallyManyAreUnderWayOnAnyLink(ranks: Int) throws {
     var bytes = [UInt8](repeating: 0, count: 100 * Wire.piece + 5)
-    /// Of two steps, the second of which begins before the first is through.
-    func most(receiving: Bool, _ speed: Int, firstPieces: Int) throws -> Int {
-      let link = Link(ranks: ranks, speed: speed)
-      let wire = Wire(link, timeout: Seconds(20))
+    /// Two steps to and from each of up to two peers, the second of which begins before the first is through.
+    func most(rank: Int, speed: Int, naps: UInt32 = 0, first: Int) throws -> (sent: Set<Int>, received: Set<Int>) {
+      let links = Links(rank: rank, of: ranks, speed: speed, naps: naps)
+      let wire = Wire(links, timeout: Seconds(20))
+      let peers = [0, 1, ranks - 1].filter { $0 != rank }
       try bytes.withUnsafeMutableBytes { bytes in
-        for (step, count) in [firstPieces * Wire.piece, bytes.count].enumerated() {
-          if receiving {
-            wire.receive(bytes.baseAddress!, count, from: 1, step: step)
-          } else {
-            wire.send(bytes.baseAddress!, count, to: 1, step: step)
+        for (step, count) in [first * Wire.piece, bytes.count].enumerated() {
+          for peer in Set(peers) {
+            wire.receive(bytes.baseAddress!, count, from: peer, step: step)
+            wire.send(bytes.baseAddress!, count, to: peer, step: step)
           }
         }
         try wire.run()
       }
-      #expect(link.ended == firstPieces + 101)
-      return link.most
+      let sending = links.lanes[..<ranks].filter { $0.begun > 0 }
+      let receiving = links.lanes[ranks...].filter { $0.begun > 0 }
+      for lane in sending + receiving { #expect(lane.ended == first + 101) }
+      #expect(sending.count == Set(peers).count && receiving.count == sending.count)
+      return (Set(sending.map(\.most)), Set(receiving.map(\.most)))
     }
-    let sent = try most(receiving: false, 1, firstPieces: 1)
-    let received = try most(receiving: true, 1, firstPieces: 1)
-    #expect(sent >= 2 && received > sent, "what is asked for before it comes need not be copied")
-    for (speed, firstPieces) in [(1, 3), (1, 40), (2, 40), (100, 40)] {
-      #expect(try most(receiving: false, speed, firstPieces: firstPieces) == sent)
-      #expect(try most(receiving: true, speed, firstPieces: firstPieces) == received)
+    let (sent, received) = try most(rank: 0, speed: 1, first: 1)
+    #expect(sent.count == 1 && sent.first! >= 2)
+    #expect(received.count == 1 && received.first! > sent.first!, "what was asked for need not be copied")
+    for (rank, speed, naps, first) in [
+      (ranks - 1, 1, 0, 3), (0, 1, 0, 40), (0, 2, 0, 40), (0, 100, 1000, 40), (ranks - 1, 100, 0, 40),
+    ] {
+      let other = try most(rank: rank, speed: speed, naps: UInt32(naps), first: first)
+      #expect(other == (sent, received))
     }
+  }
+
+  /// Small messages of many steps need not wait for each other.
+  @Test func bytesCountNotPieces() throws {
+    let links = Links(rank: 0, of: 5, speed: 1, looksToWait: 10)
+    let wire = Wire(links, timeout: Seconds(20))
+    var bytes = [UInt8](repeating: 0, count: 20 * 64)
+    try bytes.withUnsafeMutableBytes { bytes in
+      for step in 0..<20 { wire.send(bytes.baseAddress! + 64 * step, 64, to: 1, step: step) }
+      try wire.run()
+    }
+    #expect(links.lanes[1].ended == 20)
+    #expect(links.lanes[1].most > 3)
   }
 
   @Test(arguments: [1, 2, 3, 5], [1, 40_001])

@@ -29,15 +29,15 @@ package final class Wire {
   /// Bytes of a piece: below the limit where MPI stops sending at once and first asks the receiver, since that question
   /// waits behind whatever the receiver itself is sending and makes the two directions take turns.
   package static let piece = 60 * 1024
-  /// Pieces under way to an only peer, and to all of several together: fewer than a link moves between two looks make it wait
-  /// for the next one, which may take some milliseconds where somebody computes on this core; more than a link is quick to
-  /// move are in the way of what others need first. The same on all ranks, whatever each has seen of its links: answers to
-  /// the one with fewer would wait behind what the others have sent ahead.
+  /// Pieces under way to an only peer, and those that several share, two at least for each: fewer than a link moves between
+  /// two looks make it wait for the next one, which may take some milliseconds where somebody computes on this core; more
+  /// than a link is quick to move are in the way of what others need first. The same on all ranks, whatever each has seen of
+  /// its links: answers to the one with fewer would wait behind what the others have sent ahead.
   private static let (toOne, toSeveral) = (16, 8)
   /// So many more are asked for.
   private static let ahead = 2
-  /// Requests of one stream.
-  private static let places = toOne + ahead
+  /// Most requests of one stream, all of whose pieces but the last are whole.
+  private static let places = max(toOne, toSeveral) + ahead
 
   /// One direction between this rank and a peer.
   private struct Stream {
@@ -62,10 +62,10 @@ package final class Wire {
 
   private let transport: any Transport
   private let timeout: Seconds?
-  /// Most pieces under way to a peer.
+  /// Most whole pieces under way to a peer.
   private let window: Int
-  /// [W, 2] pieces under way to each peer and from it, of all streams: with a window for each stream, the next step's would
-  /// take their share of the link before this one's are through.
+  /// [W, 2] bytes under way to each peer and from it, of all streams: with a window for each stream, the next step's would
+  /// take its share of the link before this one's is through.
   private let underWay: UnsafeMutablePointer<Int>
   private var capacity: Int
   private var streams: UnsafeMutablePointer<Stream>
@@ -101,8 +101,9 @@ package final class Wire {
     underWay.deallocate()
   }
 
-  /// Adds a stream to `peer`. Those of one step go side by side; those of the next begin when all bytes of the ones
-  /// before are under way. So both ends agree which message meets which, if they agree about the steps.
+  /// Adds a stream to `peer`, one of a step. Those of one step, to different peers, go side by side; those of the next begin
+  /// when all bytes of the ones before are under way. So both ends agree which message meets which, if they agree about the
+  /// steps.
   package func send(
     _ bytes: UnsafeRawPointer, _ count: Int, to peer: Int, following source: Int = -1, step: Int = 0, tag: Int = -1,
     times: UnsafeMutablePointer<Movement>? = nil
@@ -210,7 +211,7 @@ package final class Wire {
       stream.pointee.moved += size
       stream.pointee.oldest = (stream.pointee.oldest + 1) % Wire.places
       stream.pointee.underWay -= 1
-      underWay[lane(of: stream)] -= 1
+      underWay[lane(of: stream)] -= size
       hasMoved = true
     }
     return hasMoved
@@ -219,7 +220,7 @@ package final class Wire {
   /// Starts the pieces that are there to be moved and have room.
   private func start(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) {
     let lane = lane(of: stream)
-    let most = stream.pointee.receiving ? window + Wire.ahead : window
+    let most = (stream.pointee.receiving ? window + Wire.ahead : window) * Wire.piece
     guard stream.pointee.started < stream.pointee.bytes, underWay[lane] < most else { return }
     var ready = stream.pointee.bytes
     if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
@@ -231,7 +232,7 @@ package final class Wire {
       let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.places
       // Counted before: a transport that fails to start may have taken the bytes all the same.
       stream.pointee.underWay += 1
-      underWay[lane] += 1
+      underWay[lane] += size
       ring(stream)[place] = try transport.start(
         stream.pointee.base + stream.pointee.started, size, peer: stream.pointee.peer,
         receiving: stream.pointee.receiving)
