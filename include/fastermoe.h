@@ -89,14 +89,16 @@ typedef struct fmoe_transport {           /* what the library needs from MPI, UC
    * test sets *done to 1 once all messages of the request have moved, which ends the request; it also drives progress.
    * Both return 0, or anything else when a peer is lost: the group is then broken.
    * The library calls them from the thread that is in a collective call and only during such calls.  It sends large
-   * volumes in messages of 60 KiB at most, several under way to each peer and received ahead; a sent message that counts
-   * as moved only once its receiver has it (as MPI_Issend does) bounds what a slow receiver must store.
+   * volumes in messages of message_bytes at most, several under way to each peer and received ahead; a sent message that
+   * counts as moved only once its receiver has it (as MPI_Issend does) bounds what a slow receiver must store.
    * release: once the group is gone.  Messages of a broken group may still be under way then: the library never gives
    * their memory back.  If making the group fails, release is not called and the context stays the caller's; where a peer
    * was lost, requests may then still be open. */
   int32_t (*start)(void *context, const fmoe_message *messages, int32_t count /* 1 or more */, void **request);
   int32_t (*test)(void *context, void *request, int32_t *done);
   void (*release)(void *context);         /* may be NULL */
+  int64_t message_bytes;                  /* what leaves at once, not only when the receiver has said that it is ready:
+                                             1024 to 2^20, equal on all ranks; 0: 60 KiB */
 } fmoe_transport;
 typedef struct fmoe_group_options {
   uint32_t struct_size;

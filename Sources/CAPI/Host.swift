@@ -5,6 +5,7 @@ import FasterMoE
 final class HostTransport: Transport {
   let rank: Int
   let size: Int
+  let longestMessage: Int
   private let functions: fmoe_transport
   /// Whether the context is ours to release: only once a group has been made.
   private var isKept = false
@@ -22,7 +23,14 @@ final class HostTransport: Transport {
     }
     guard c.reserved == 0 else { throw Failure(.options, "fmoe_transport.reserved must be 0") }
     guard c.start != nil, c.test != nil else { throw Failure(.argument, "transport.start or transport.test is NULL") }
+    guard c.message_bytes == 0 || HostTransport.messageBytes.contains(c.message_bytes) else {
+      throw Failure(
+        .argument,
+        "transport.message_bytes must be 0 or in \(HostTransport.messageBytes.lowerBound)..\(HostTransport.messageBytes.upperBound), not \(c.message_bytes)"
+      )
+    }
     functions = c
+    longestMessage = c.message_bytes == 0 ? Wire.usualPiece : Int(c.message_bytes)
     (rank, size) = (Int(c.rank), Int(c.size))
   }
 
@@ -31,6 +39,7 @@ final class HostTransport: Transport {
   }
 
   private static let mostRanks: Int32 = 1 << 16
+  private static let messageBytes = Int64(1 << 10)...Int64(1 << 20)
 
   func keep() { isKept = true }
 

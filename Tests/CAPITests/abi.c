@@ -18,10 +18,10 @@ SIZE(fmoe_status, 4)
 SIZE(fmoe_message, 24)
 AT(fmoe_message, peer, 0) AT(fmoe_message, receiving, 4) AT(fmoe_message, bytes, 8) AT(fmoe_message, size, 16)
 
-SIZE(fmoe_transport, 48)
+SIZE(fmoe_transport, 56)
 AT(fmoe_transport, struct_size, 0) AT(fmoe_transport, rank, 4) AT(fmoe_transport, size, 8)
 AT(fmoe_transport, reserved, 12) AT(fmoe_transport, context, 16) AT(fmoe_transport, start, 24)
-AT(fmoe_transport, test, 32) AT(fmoe_transport, release, 40)
+AT(fmoe_transport, test, 32) AT(fmoe_transport, release, 40) AT(fmoe_transport, message_bytes, 48)
 
 SIZE(fmoe_group_options, 40)
 AT(fmoe_group_options, struct_size, 0) AT(fmoe_group_options, threads, 4) AT(fmoe_group_options, bind, 8)

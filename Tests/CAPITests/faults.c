@@ -246,7 +246,7 @@ static void test_wrong_stages(void) {
   spread_destroy(s);
 }
 
-/* One rank's options for its group are wrong: there is no group, and nothing keeps the transports, which try again. */
+/* One rank's options for its group, or its transport's, are wrong: there is no group, and nothing keeps the transports, which try again. */
 static void run_wrong_join(crew *c, int32_t rank, void *context) {
   const int variant = *(int *)context, is_wrong = rank == 1;
   fmoe_transport transport = mailbox_transport(c->mail, rank);
@@ -255,8 +255,9 @@ static void run_wrong_join(crew *c, int32_t rank, void *context) {
   if (is_wrong && variant == 0) o.threads = -1;
   if (is_wrong && variant == 1) o.topology = "/no/such/folder/machine.xml";
   if (is_wrong && variant == 2) o.struct_size = 0;
-  EXPECT_EITHER(!is_wrong ? FMOE_ERROR_PEER : variant == 0 ? FMOE_ERROR_ARGUMENT : variant == 1 ? FMOE_ERROR_FILE
-                                                                                                 : FMOE_ERROR_OPTIONS,
+  if (is_wrong && variant == 3) transport.message_bytes = 2048;
+  EXPECT_EITHER(variant == 3 ? FMOE_ERROR_DISAGREE : !is_wrong ? FMOE_ERROR_PEER : variant == 0 ? FMOE_ERROR_ARGUMENT
+                             : variant == 1 ? FMOE_ERROR_FILE : FMOE_ERROR_OPTIONS,
                 is_wrong && variant == 1 ? FMOE_ERROR_TOPOLOGY : FMOE_ERROR_PEER,
                 fmoe_group_create(&transport, &o, &group));
   CHECK((void *)group == &untouched && mailbox_released(c->mail, rank) == 0, "there is no group that keeps anything");
@@ -265,7 +266,7 @@ static void run_wrong_join(crew *c, int32_t rank, void *context) {
 
 static void test_wrong_joins(void) {
   spread *s = small_spread(3, GATED);
-  for (int variant = 0; variant < 3; variant++) {
+  for (int variant = 0; variant < 4; variant++) {
     crew *c = crew_without_groups((crew_options){.ranks = 3, .over_mailbox = 1, .timeout = 20});
     crew_run(c, run_wrong_join, &variant);
     crew_run(c, run_step, s);
@@ -312,6 +313,8 @@ static void test_bad_transports(void) {
   t = good, t.rank = 1, refuse(argument, argument, &t, NULL);
   t = good, t.size = 3, t.rank = 3, refuse(argument, argument, &t, NULL);
   t = good, t.reserved = 1, refuse(options_status, argument, &t, NULL);
+  for (int i = 0; i < 5; i++)
+    t = good, t.message_bytes = (int64_t[]){-1, 1, 1023, (1 << 20) + 1, INT64_MAX}[i], refuse(argument, argument, &t, NULL);
   for (uint32_t size = 0; size < offsetof(fmoe_transport, release); size++)
     t = good, t.struct_size = size, refuse(options_status, options_status, &t, NULL);
   newer.known.struct_size = sizeof newer;
@@ -321,9 +324,12 @@ static void test_bad_transports(void) {
   t = good, t.size = 2; /* a good one whose first call fails */
   refuse(FMOE_ERROR_PEER, FMOE_ERROR_PEER, &t, NULL);
 
-  for (int turn = 0; turn < 3; turn++) { /* whole, newer with nothing new, and of nobody to tell */
+  /* Whole, newer with nothing new, of nobody to tell, the shortest and longest messages, and older than message_bytes. */
+  for (int turn = 0; turn < 6; turn++) {
     t = good, newer.known = good, newer.known.struct_size = sizeof newer, newer.future = 0;
     if (turn == 2) t.release = NULL;
+    if (turn == 3 || turn == 4) t.message_bytes = turn == 3 ? 1024 : 1 << 20;
+    if (turn == 5) t.struct_size = offsetof(fmoe_transport, message_bytes), t.message_bytes = -1;
     count_release = 0;
     if (!EXPECT(FMOE_OK, fmoe_group_create(turn == 1 ? &newer.known : &t, NULL, &group))) continue;
     CHECK(count_release == 0, "released while there is a group");

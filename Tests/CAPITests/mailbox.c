@@ -133,6 +133,9 @@ static void post(seat *s, const fmoe_message *given, request *r) {
   mailbox *m = s->mail;
   int32_t from = given->receiving ? given->peer : s->rank, to = given->receiving ? s->rank : given->peer;
   message *p = open_end(m, from, to, given->receiving);
+  const int64_t most = m->options.message_bytes ? m->options.message_bytes : 60 << 10;
+  DEMAND(given->size >= 1 && given->size <= most, "rank %d and rank %d: a message of %lld bytes", from, to,
+         (long long)given->size);
   if (given->receiving) {
     p->receiving = r, p->to = given->bytes, p->received_size = given->size, p->received = 1;
   } else {
@@ -262,7 +265,7 @@ static void mailbox_release(void *context) {
 fmoe_transport mailbox_transport(mailbox *m, int32_t rank) {
   return (fmoe_transport){.struct_size = sizeof(fmoe_transport), .rank = rank, .size = m->ranks,
                           .context = &m->seats[rank], .start = mailbox_start, .test = mailbox_test,
-                          .release = mailbox_release};
+                          .release = mailbox_release, .message_bytes = m->options.message_bytes};
 }
 
 /* ---- what tests ask of a mailbox ----------------------------------------------------------- */

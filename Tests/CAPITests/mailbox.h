@@ -15,6 +15,7 @@ typedef struct mailbox_options {
   int32_t delay_microseconds; /* and up to this long after both its ends are there */
   int32_t reorder;         /* 1: a delayed message holds nobody up, and requests end some tests after their messages */
   int32_t eager;           /* 1: a sent message is copied and counts as moved at once, like small ones in MPI */
+  int64_t message_bytes;   /* the transport's */
 } mailbox_options;
 
 mailbox *mailbox_create(int32_t ranks, mailbox_options options);

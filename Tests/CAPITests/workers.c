@@ -139,12 +139,13 @@ static void test_unruly_transports(void) {
     shape shape = {.k = 2, .E = 8, .d = small ? 6 : 70, .h = 12, .activation = FMOE_GELU, .balance = 0.1, .z = 0.1};
     const int32_t ranks = small ? 2 : 2 + 2 * (turn % 2);
     const mailbox_options mail = {.seed = seed + (uint64_t)turn, .reorder = turn / 2 % 2, .eager = turn / 4 % 2,
-                                  .delay_tests = turn % 3 ? 5 : 0, .delay_microseconds = turn % 3 == 1 ? 0 : 150};
+                                  .message_bytes = turn % 4 == 1 ? 0 : 1024 << turn % 4, .delay_tests = turn % 3 ? 5 : 0,
+                                  .delay_microseconds = turn % 3 == 1 ? 0 : 150};
     crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = 1, .mail = mail});
     scene at = {.all.s = spread_create(ranks, tokens, turn % 5, shape, seed)};
-    char what[100];
-    snprintf(what, sizeof what, "turn %d: reorder %d, eager %d, delays of %d tests, %d us", turn, mail.reorder,
-             mail.eager, mail.delay_tests, mail.delay_microseconds);
+    char what[120];
+    snprintf(what, sizeof what, "turn %d: reorder %d, eager %d, messages of %lld bytes, delays of %d tests, %d us", turn,
+             mail.reorder, mail.eager, (long long)mail.message_bytes, mail.delay_tests, mail.delay_microseconds);
     crew_run(c, run_scene, &at);
     check_scene(what, c, &at, NULL, 0);
     end_scene(c, &at);

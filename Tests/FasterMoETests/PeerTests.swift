@@ -128,7 +128,7 @@ final class Mailbox: @unchecked Sendable {
 
   /// A stream's times: it is ready, begins to move, has moved; its receiver has it no sooner than it was there to be sent.
   @Test func streamsSayWhenTheyMoved() {
-    let (size, bytes) = (3, 3 * Wire.piece + 5)
+    let (size, bytes) = (3, 3 * Wire.usualPiece + 5)
     let times = UnsafeMutablePointer<Movement>.allocate(capacity: 2 * size * size)
     times.initialize(repeating: Movement(from: Seconds(0), to: Seconds(0)), count: 2 * size * size)
     defer { times.deallocate() }
@@ -163,13 +163,19 @@ final class Mailbox: @unchecked Sendable {
   /// Links that have each moved at most so many pieces by the next look, and know the most that were under way.
   private final class Links: Transport {
     let (rank, size, speed): (Int, Int, Int)
+    let longestMessage: Int
+    /// The longest message so far.
+    private(set) var longest = 0
     /// To each peer, then from each.
     private(set) var lanes: [(begun: Int, ended: Int, mayEnd: Int, most: Int)]
     private let naps: UInt32
     /// So often nothing has moved yet.
     private var looksToWait: Int
 
-    init(rank: Int, of size: Int, speed: Int, naps: UInt32 = 0, looksToWait: Int = 0) {
+    init(
+      rank: Int, of size: Int, speed: Int, naps: UInt32 = 0, looksToWait: Int = 0, longestMessage: Int = Wire.usualPiece
+    ) {
+      self.longestMessage = longestMessage
       self.looksToWait = looksToWait
       (self.rank, self.size, self.speed, self.naps) = (rank, size, speed, naps)
       lanes = Array(repeating: (0, 0, 0, 0), count: 2 * size)
@@ -178,6 +184,7 @@ final class Mailbox: @unchecked Sendable {
     func start(_ bytes: UnsafeMutableRawPointer, _ count: Int, peer: Int, receiving: Bool) -> UnsafeMutableRawPointer? {
       let lane = peer + (receiving ? size : 0)
       lanes[lane].begun += 1
+      longest = max(longest, count)
       lanes[lane].most = max(lanes[lane].most, lanes[lane].begun - lanes[lane].ended)
       return UnsafeMutableRawPointer(bitPattern: lane << 32 + lanes[lane].begun)
     }
@@ -197,16 +204,17 @@ final class Mailbox: @unchecked Sendable {
   }
 
   /// Where one of two ranks had 32 pieces under way and the other 8, steps at 250 Mbit/s took 1.5 times as long as with 8 or 32
-  /// on both: so how many there are depends on nothing but the count of ranks.
-  @Test(arguments: [2, 3, 5, 100]) func equallyManyAreUnderWayOnAnyLink(ranks: Int) throws {
-    var bytes = [UInt8](repeating: 0, count: 100 * Wire.piece + 5)
+  /// on both: so how many there are depends on nothing but the count of ranks, and their length: as many bytes in short ones.
+  @Test(arguments: [2, 3, 5, 100], [Wire.usualPiece, 16 << 10, 20_000])
+  func equallyManyAreUnderWayOnAnyLink(ranks: Int, piece: Int) throws {
+    var bytes = [UInt8](repeating: 0, count: 100 * piece + 5)
     /// Two steps to and from each of up to two peers, the second of which begins before the first is through.
     func most(rank: Int, speed: Int, naps: UInt32 = 0, first: Int) throws -> (sent: Set<Int>, received: Set<Int>) {
-      let links = Links(rank: rank, of: ranks, speed: speed, naps: naps)
+      let links = Links(rank: rank, of: ranks, speed: speed, naps: naps, longestMessage: piece)
       let wire = Wire(links, timeout: Seconds(20))
       let peers = [0, 1, ranks - 1].filter { $0 != rank }
       try bytes.withUnsafeMutableBytes { bytes in
-        for (step, count) in [first * Wire.piece, bytes.count].enumerated() {
+        for (step, count) in [first * piece, bytes.count].enumerated() {
           for peer in Set(peers) {
             wire.receive(bytes.baseAddress!, count, from: peer, step: step)
             wire.send(bytes.baseAddress!, count, to: peer, step: step)
@@ -217,11 +225,14 @@ final class Mailbox: @unchecked Sendable {
       let sending = links.lanes[..<ranks].filter { $0.begun > 0 }
       let receiving = links.lanes[ranks...].filter { $0.begun > 0 }
       for lane in sending + receiving { #expect(lane.ended == first + 101) }
+      #expect(links.longest == piece)
       #expect(sending.count == Set(peers).count && receiving.count == sending.count)
       return (Set(sending.map(\.most)), Set(receiving.map(\.most)))
     }
     let (sent, received) = try most(rank: 0, speed: 1, first: 1)
     #expect(sent.count == 1 && sent.first! >= 2)
+    let share = [2: 960 << 10, 3: 240 << 10][ranks] ?? 120 << 10
+    #expect(sent.first! == (share + piece - 1) / piece)
     #expect(received.count == 1 && received.first! > sent.first!, "what was asked for need not be copied")
     for (rank, speed, naps, first) in [
       (ranks - 1, 1, 0, 3), (0, 1, 0, 40), (0, 2, 0, 40), (0, 100, 1000, 40), (ranks - 1, 100, 0, 40),

@@ -39,7 +39,7 @@ final class Calibrator {
   /// Takes all the memory that measuring needs.
   init(_ group: Group) throws(Failure) {
     (peers, places) = (group.peers, group.places)
-    let bytes = peers.shareMemory ? 0 : 2 * max(Calibrator.mostPieces, peers.size) * Wire.piece
+    let bytes = peers.shareMemory ? 0 : 2 * max(Calibrator.mostBytes, peers.size * Calibrator.leastBytes)
     let region = try Region(bytes: bytes, for: "measuring the speed of messages")
     messages = region.base
     memory = consume region
@@ -67,8 +67,8 @@ final class Calibrator {
     let peersOf: [[Int]]
     var mostPeers: Int { peersOf.reduce(0) { max($0, $1.count) } }
     var isUsed: Bool { mostPeers > 0 }
-    /// Pieces of one exchange to each peer, at most.
-    var mostPieces: Int { max(1, Calibrator.mostPieces / max(1, mostPeers)) }
+    /// Bytes of one exchange to each peer, at most.
+    var mostBytes: Int { max(Calibrator.leastBytes, Calibrator.mostBytes / max(1, mostPeers)) }
 
     init(of places: Places, by areJoined: (_ host: Int, _ other: Int) -> Bool) {
       let ranks = places.host.indices
@@ -78,8 +78,8 @@ final class Calibrator {
       }
     }
   }
-  /// Four megabytes, as many as rows of a layer often are.
-  private static let mostPieces = 64
+  /// As many as rows of a layer often are, and what some rows are.
+  private static let (mostBytes, leastBytes) = (4 << 20, 64 << 10)
 
   /// A message to and from each peer of a level.
   private func exchange(_ wire: WirePeers, _ level: Level, bytes: Int) throws(Failure) {
@@ -100,25 +100,21 @@ final class Calibrator {
       try middleLap(budget * 0.15) { () throws(Failure) in
         for _ in 0..<volley { try exchange(wire, level, bytes: 8) }
       } * (1 / Double(volley))
-    let pieces = try piecesThatFit(wire, level, budget * 0.1)
-    let lap = try middleLap(budget * 0.75) { () throws(Failure) in
-      try exchange(wire, level, bytes: pieces * Wire.piece)
-    }
+    let bytes = try bytesThatFit(wire, level, budget * 0.1)
+    let lap = try middleLap(budget * 0.75) { () throws(Failure) in try exchange(wire, level, bytes: bytes) }
     let moving = max(lap.value - latency.value, lap.value / 2)
-    return Calibration.Link(latency: latency, rate: Bytes(Double(messages * pieces * Wire.piece)) / Seconds(moving))
+    return Calibration.Link(latency: latency, rate: Bytes(Double(messages * bytes)) / Seconds(moving))
   }
 
   /// How large an exchange may be that is to take `budget` at most; the same on all ranks.
-  private func piecesThatFit(_ wire: WirePeers, _ level: Level, _ budget: Seconds) throws(Failure) -> Int {
-    var pieces = 1
-    while pieces < level.mostPieces {
-      let lap = try middleLap(Seconds(0)) { () throws(Failure) in
-        try exchange(wire, level, bytes: pieces * Wire.piece)
-      }
+  private func bytesThatFit(_ wire: WirePeers, _ level: Level, _ budget: Seconds) throws(Failure) -> Int {
+    var bytes = Calibrator.leastBytes
+    while bytes < level.mostBytes {
+      let lap = try middleLap(Seconds(0)) { () throws(Failure) in try exchange(wire, level, bytes: bytes) }
       guard lap.value * 4 < budget.value else { break }
-      pieces = min(2 * pieces, level.mostPieces)
+      bytes = min(2 * bytes, level.mostBytes)
     }
-    return pieces
+    return bytes
   }
 
   /// Repeats `body` on all ranks for about `budget`, once at least: the middle one of all times, each that of the slowest

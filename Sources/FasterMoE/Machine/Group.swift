@@ -91,8 +91,8 @@ package final class Group {
     }
     let scratch = UnsafeMutablePointer<Notice>.allocate(capacity: peers.size)
     defer { scratch.deallocate() }
-    try Notice.agree(
-      .createGroup, own, same: [options.profile == nil ? 0 : 1, 0, 0, 0, 0, 0, 0, 0], with: peers, into: scratch)
+    let same = [options.profile == nil ? 0 : 1, UInt64(peers.wire.piece), 0, 0, 0, 0, 0, 0] as Notice.Same
+    try Notice.agree(.createGroup, own, same: same, with: peers, into: scratch)
     var here = Place(topology!)
     var places = Places(try peers.gathered(here))
     // Ranks that may all use the same cores share them: only now each knows its own.

@@ -2,6 +2,9 @@
 package protocol Transport: AnyObject {
   var rank: Int { get }
   var size: Int { get }
+  /// Most bytes of a message in which large volumes go: those that leave at once, not only when the receiver has said that
+  /// it is ready. The same on all ranks.
+  var longestMessage: Int { get }
   /// Begins to move one message and returns at once. From one rank to another the i-th sent meets the i-th received.
   ///
   /// `bytes` are the transport's until `isDone` has said so.
@@ -9,4 +12,8 @@ package protocol Transport: AnyObject {
     -> UnsafeMutableRawPointer?
   /// Whether the message has moved, which ends the request; it also drives progress.
   func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) throws(Failure) -> Bool
+}
+
+extension Transport {
+  package var longestMessage: Int { Wire.usualPiece }
 }

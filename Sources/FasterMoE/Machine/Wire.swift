@@ -26,18 +26,18 @@ package struct Movement: BitwiseCopyable {
 /// Only the thread that calls `run` talks to the transport. It polls, and sleeps when nothing moves, so that the cores
 /// belong to whoever computes. The steady state allocates nothing.
 package final class Wire {
-  /// Bytes of a piece: below the limit where MPI stops sending at once and first asks the receiver, since that question
-  /// waits behind whatever the receiver itself is sending and makes the two directions take turns.
-  package static let piece = 60 * 1024
-  /// Pieces under way to an only peer, and those that several share, two at least for each: fewer than a link moves between
-  /// two looks make it wait for the next one, which may take some milliseconds where somebody computes on this core; more
-  /// than a link is quick to move are in the way of what others need first. The same on all ranks, whatever each has seen of
-  /// its links: answers to the one with fewer would wait behind what the others have sent ahead.
-  private static let (toOne, toSeveral) = (16, 8)
+  /// Bytes of a piece: below the limit where a transport stops sending at once and first asks the receiver, since that
+  /// question waits behind whatever the receiver itself is sending and makes the two directions take turns.
+  package let piece: Int
+  /// What Open MPI sends at once over TCP.
+  package static let usualPiece = 60 << 10
+  /// Bytes under way to an only peer, those that several share, and the part of these that each has once or more: less than
+  /// a link moves between two looks makes it wait for the next one, which may take some milliseconds where somebody computes
+  /// on this core; more than a link is quick to move is in the way of what others need first. The same on all ranks,
+  /// whatever each has seen of its links: answers to the one with less would wait behind what the others have sent ahead.
+  private static let (toOne, toSeveral, toEach) = (960 << 10, 480 << 10, 120 << 10)
   /// So many more are asked for.
-  private static let ahead = 2
-  /// Most requests of one stream, all of whose pieces but the last are whole.
-  private static let places = max(toOne, toSeveral) + ahead
+  private static let ahead = 120 << 10
 
   /// One direction between this rank and a peer.
   private struct Stream {
@@ -62,8 +62,10 @@ package final class Wire {
 
   private let transport: any Transport
   private let timeout: Seconds?
-  /// Most whole pieces under way to a peer.
+  /// Bytes under way to a peer with which no more pieces begin.
   private let window: Int
+  /// Most requests of one stream, all of whose pieces but the last are whole.
+  private let places: Int
   /// [W, 2] bytes under way to each peer and from it, of all streams: with a window for each stream, the next step's would
   /// take its share of the link before this one's is through.
   private let underWay: UnsafeMutablePointer<Int>
@@ -86,12 +88,16 @@ package final class Wire {
   package init(_ transport: any Transport, timeout: Seconds?) {
     self.transport = transport
     self.timeout = timeout
-    window = transport.size > 2 ? max(2, Wire.toSeveral / (transport.size - 1)) : Wire.toOne
+    piece = transport.longestMessage
+    let share = Wire.toSeveral / max(1, transport.size - 1) / Wire.toEach * Wire.toEach
+    // Two pieces, however long they are.
+    window = max(transport.size > 2 ? max(share, Wire.toEach) : Wire.toOne, 2 * piece)
+    places = (window + Wire.ahead + piece - 1) / piece
     underWay = .allocate(capacity: 2 * transport.size)
     underWay.initialize(repeating: 0, count: 2 * transport.size)
     capacity = 4 * transport.size
     streams = .allocate(capacity: capacity)
-    requests = .allocate(capacity: capacity * Wire.places)
+    requests = .allocate(capacity: capacity * places)
   }
 
   deinit {
@@ -132,7 +138,7 @@ package final class Wire {
       streams.deallocate()
       requests.deallocate()
       (streams, capacity) = (more, 2 * capacity)
-      requests = .allocate(capacity: capacity * Wire.places)
+      requests = .allocate(capacity: capacity * places)
     }
     (streams + self.count).initialize(
       to: Stream(
@@ -199,7 +205,7 @@ package final class Wire {
     while stream.pointee.underWay > 0 {
       let request = ring(stream)[stream.pointee.oldest]
       guard try transport.isDone(request, peer: stream.pointee.peer) else { break }
-      let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.moved)
+      let size = min(piece, stream.pointee.bytes - stream.pointee.moved)
       if let times = stream.pointee.times {
         // It began to move after the look that found nothing moved; and it is here before anybody hears of it.
         if stream.pointee.moved == 0 { times.pointee.begin = max(times.pointee.asked, lookedBefore) }
@@ -209,7 +215,7 @@ package final class Wire {
         freight?.arrived(stream.pointee.tag, at: stream.pointee.moved, bytes: size)
       }
       stream.pointee.moved += size
-      stream.pointee.oldest = (stream.pointee.oldest + 1) % Wire.places
+      stream.pointee.oldest = (stream.pointee.oldest + 1) % places
       stream.pointee.underWay -= 1
       underWay[lane(of: stream)] -= size
       hasMoved = true
@@ -220,16 +226,16 @@ package final class Wire {
   /// Starts the pieces that are there to be moved and have room.
   private func start(_ stream: UnsafeMutablePointer<Stream>) throws(Failure) {
     let lane = lane(of: stream)
-    let most = (stream.pointee.receiving ? window + Wire.ahead : window) * Wire.piece
+    let most = stream.pointee.receiving ? window + Wire.ahead : window
     guard stream.pointee.started < stream.pointee.bytes, underWay[lane] < most else { return }
     var ready = stream.pointee.bytes
     if stream.pointee.source >= 0 { ready = streams[stream.pointee.source].moved }
     if stream.pointee.tag >= 0 { ready = min(ready, freight?.ready(stream.pointee.tag) ?? ready) }
     while stream.pointee.started < stream.pointee.bytes, underWay[lane] < most {
-      let size = min(Wire.piece, stream.pointee.bytes - stream.pointee.started)
+      let size = min(piece, stream.pointee.bytes - stream.pointee.started)
       guard stream.pointee.started + size <= ready else { return }
       if stream.pointee.started == 0 { stream.pointee.times?.pointee.asked = looked }
-      let place = (stream.pointee.oldest + stream.pointee.underWay) % Wire.places
+      let place = (stream.pointee.oldest + stream.pointee.underWay) % places
       // Counted before: a transport that fails to start may have taken the bytes all the same.
       stream.pointee.underWay += 1
       underWay[lane] += size
@@ -250,7 +256,7 @@ package final class Wire {
   }
 
   private func ring(_ stream: UnsafeMutablePointer<Stream>) -> UnsafeMutablePointer<UnsafeMutableRawPointer?> {
-    requests + (stream - streams) * Wire.places
+    requests + (stream - streams) * places
   }
 
   /// Leaves the core to others: for a moment while an answer may be near, then longer.
