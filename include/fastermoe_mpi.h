@@ -134,9 +134,9 @@ static inline void fmoe_mpi_release(void *of) {
 }
 
 /* Bytes of the longest messages that MPI sends between hosts at once.  Longer ones first ask the receiver, which costs a
- * third of a link's rate where rows go both ways: questions and answers wait behind the rows.  Open MPI does so from 64 KiB
- * on over TCP, UCX, which MPICH and Open MPI may use, from 19 KiB on.  So rank 0 tries it with a rank of another host, which
- * asks for nothing before rank 0 has seen whether its message leaves.  0: there is one host, or even short ones ask. */
+ * quarter of a link's rate where rows go both ways: questions and answers wait behind the rows.  Open MPI does so from 64 KiB
+ * on over TCP; UCX, which MPICH and Open MPI may use, from some 19 KiB on.  So rank 0 tries it with a rank of another host,
+ * which asks for nothing before rank 0 has seen whether its message leaves.  0: there is one host, or even short ones ask. */
 static inline int64_t fmoe_mpi_message_bytes(MPI_Comm comm, int rank, int size) {
   static const int sizes[] = {60 << 10, 16 << 10, 8 << 10};
   char own[MPI_MAX_PROCESSOR_NAME] = {0}, first[MPI_MAX_PROCESSOR_NAME] = {0}, bytes[60 << 10] = {0};
