@@ -97,8 +97,8 @@ typedef struct fmoe_transport {           /* what the library needs from MPI, UC
   int32_t (*start)(void *context, const fmoe_message *messages, int32_t count /* 1 or more */, void **request);
   int32_t (*test)(void *context, void *request, int32_t *done);
   void (*release)(void *context);         /* may be NULL */
-  int64_t message_bytes;                  /* what leaves at once, not only when the receiver has said that it is ready:
-                                             1024 to 2^20, equal on all ranks; 0: 60 KiB */
+  int64_t message_bytes;                  /* longest message that leaves at once, not only when the receiver is ready for
+                                             it: 1024 to 2^20, a multiple of 64, equal on all ranks; 0: 60 KiB */
 } fmoe_transport;
 typedef struct fmoe_group_options {
   uint32_t struct_size;

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Collective over comm, whose ranks become those of the group.  The library does not keep comm, but a duplicate; until
- * that is made, waits for all ranks without a timeout. */
+ * that is made and has been tried, waits for all ranks without a timeout. */
 static inline fmoe_status fmoe_group_create_mpi(MPI_Comm comm, const fmoe_group_options *options /* NULL: defaults */,
                                                 fmoe_group **out);
 
@@ -133,16 +133,32 @@ static inline void fmoe_mpi_release(void *of) {
   free(context);
 }
 
+/* Whether rank 0's message of so many bytes leaves before its peer has posted a receive; -1 if MPI fails. */
+static inline int fmoe_mpi_leaves(char *bytes, int size, int peer, MPI_Comm comm) {
+  MPI_Request request;
+  double begin;
+  int leaves = 0, tries;
+  /* Before the first message MPI connects, which takes long. */
+  if (MPI_Send(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm)) return -1;
+  if (MPI_Recv(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE)) return -1;
+  if (MPI_Isend(bytes, size, MPI_CHAR, peer, fmoe_mpi_tag + 1, comm, &request)) return -1;
+  for (begin = MPI_Wtime(), tries = 0; !leaves && (tries < 1000 || MPI_Wtime() - begin < 0.02); tries++)
+    if (MPI_Test(&request, &leaves, MPI_STATUS_IGNORE)) return -1;
+  if (MPI_Send(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm)) return -1;
+  if (!leaves && MPI_Wait(&request, MPI_STATUS_IGNORE)) return -1;
+  return leaves;
+}
+
 /* Bytes of the longest messages that MPI sends between hosts at once.  Longer ones first ask the receiver, which costs a
  * quarter of a link's rate where rows go both ways: questions and answers wait behind the rows.  Open MPI does so from 64 KiB
  * on over TCP; UCX, which MPICH and Open MPI may use, from some 19 KiB on.  So rank 0 tries it with a rank of another host,
- * which asks for nothing before rank 0 has seen whether its message leaves.  0: there is one host, or even short ones ask. */
+ * which posts no receive before rank 0 has seen whether its message leaves.  0, which stands for 60 KiB, if there is one host,
+ * if even short ones ask, or if MPI fails. */
 static inline int64_t fmoe_mpi_message_bytes(MPI_Comm comm, int rank, int size) {
   static const int sizes[] = {60 << 10, 16 << 10, 8 << 10};
-  char own[MPI_MAX_PROCESSOR_NAME] = {0}, first[MPI_MAX_PROCESSOR_NAME] = {0}, bytes[60 << 10] = {0};
+  static char bytes[60 << 10]; /* a failed MPI may still read them */
+  char own[MPI_MAX_PROCESSOR_NAME] = {0}, first[MPI_MAX_PROCESSOR_NAME] = {0};
   int length, far, peer = size, leaves = 0, i;
-  double begin;
-  MPI_Request request;
   MPI_Get_processor_name(own, &length);
   memcpy(first, own, sizeof own);
   if (MPI_Bcast(first, (int)sizeof first, MPI_CHAR, 0, comm)) return 0;
@@ -150,23 +166,17 @@ static inline int64_t fmoe_mpi_message_bytes(MPI_Comm comm, int rank, int size) 
   if (MPI_Allreduce(&far, &peer, 1, MPI_INT, MPI_MIN, comm) || peer == size) return 0;
   for (i = 0; i < 3 && !leaves; i++) {
     if (rank == 0) {
-      /* Before the first message MPI connects, which takes long. */
-      if (MPI_Send(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm)) return 0;
-      if (MPI_Recv(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE)) return 0;
-      if (MPI_Isend(bytes, sizes[i], MPI_CHAR, peer, fmoe_mpi_tag + 1, comm, &request)) return 0;
-      for (begin = MPI_Wtime(); !leaves && MPI_Wtime() - begin < 0.02;)
-        if (MPI_Test(&request, &leaves, MPI_STATUS_IGNORE)) return 0;
-      if (MPI_Send(bytes, 1, MPI_CHAR, peer, fmoe_mpi_tag, comm)) return 0;
-      if (!leaves && MPI_Wait(&request, MPI_STATUS_IGNORE)) return 0;
+      leaves = fmoe_mpi_leaves(bytes, sizes[i], peer, comm);
     } else if (rank == peer) {
-      if (MPI_Recv(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE)) return 0;
-      if (MPI_Send(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm)) return 0;
-      if (MPI_Recv(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE)) return 0;
-      if (MPI_Recv(bytes, sizes[i], MPI_CHAR, 0, fmoe_mpi_tag + 1, comm, MPI_STATUS_IGNORE)) return 0;
+      if (MPI_Recv(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE) ||
+          MPI_Send(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm) ||
+          MPI_Recv(bytes, 1, MPI_CHAR, 0, fmoe_mpi_tag, comm, MPI_STATUS_IGNORE) ||
+          MPI_Recv(bytes, sizes[i], MPI_CHAR, 0, fmoe_mpi_tag + 1, comm, MPI_STATUS_IGNORE))
+        return 0;
     }
     if (MPI_Bcast(&leaves, 1, MPI_INT, 0, comm)) return 0;
   }
-  return leaves ? sizes[i - 1] : 0;
+  return leaves > 0 ? sizes[i - 1] : 0;
 }
 
 static inline fmoe_status fmoe_group_create_mpi(MPI_Comm comm, const fmoe_group_options *options, fmoe_group **out) {

@@ -23,11 +23,12 @@ final class HostTransport: Transport {
     }
     guard c.reserved == 0 else { throw Failure(.options, "fmoe_transport.reserved must be 0") }
     guard c.start != nil, c.test != nil else { throw Failure(.argument, "transport.start or transport.test is NULL") }
-    guard c.message_bytes == 0 || HostTransport.messageBytes.contains(c.message_bytes) else {
+    // Sums are made of whole floats of each message.
+    let (least, most) = (Int64(1) << 10, Int64(1) << 20)
+    guard c.message_bytes == 0 || (least...most).contains(c.message_bytes) && c.message_bytes % 64 == 0 else {
       throw Failure(
         .argument,
-        "transport.message_bytes must be 0 or in \(HostTransport.messageBytes.lowerBound)..\(HostTransport.messageBytes.upperBound), not \(c.message_bytes)"
-      )
+        "transport.message_bytes must be 0 or a multiple of 64 in \(least)..\(most), not \(c.message_bytes)")
     }
     functions = c
     longestMessage = c.message_bytes == 0 ? Wire.usualPiece : Int(c.message_bytes)
@@ -39,7 +40,6 @@ final class HostTransport: Transport {
   }
 
   private static let mostRanks: Int32 = 1 << 16
-  private static let messageBytes = Int64(1 << 10)...Int64(1 << 20)
 
   func keep() { isKept = true }
 

@@ -246,7 +246,8 @@ static void test_wrong_stages(void) {
   spread_destroy(s);
 }
 
-/* One rank's options for its group, or its transport's, are wrong: there is no group, and nothing keeps the transports, which try again. */
+/* One rank's options for its group, or its transport's, are wrong: there is no group, and nothing keeps the transports,
+ * which try again. */
 static void run_wrong_join(crew *c, int32_t rank, void *context) {
   const int variant = *(int *)context, is_wrong = rank == 1;
   fmoe_transport transport = mailbox_transport(c->mail, rank);
@@ -313,8 +314,9 @@ static void test_bad_transports(void) {
   t = good, t.rank = 1, refuse(argument, argument, &t, NULL);
   t = good, t.size = 3, t.rank = 3, refuse(argument, argument, &t, NULL);
   t = good, t.reserved = 1, refuse(options_status, argument, &t, NULL);
-  for (int i = 0; i < 5; i++)
-    t = good, t.message_bytes = (int64_t[]){-1, 1, 1023, (1 << 20) + 1, INT64_MAX}[i], refuse(argument, argument, &t, NULL);
+  static const int64_t wrong_bytes[] = {-1, 1, 1023, 1025, 1060, (1 << 20) + 64, INT64_MAX};
+  for (size_t i = 0; i < sizeof wrong_bytes / sizeof *wrong_bytes; i++)
+    t = good, t.message_bytes = wrong_bytes[i], refuse(argument, argument, &t, NULL);
   for (uint32_t size = 0; size < offsetof(fmoe_transport, release); size++)
     t = good, t.struct_size = size, refuse(options_status, options_status, &t, NULL);
   newer.known.struct_size = sizeof newer;

@@ -6,7 +6,6 @@
 
 #include "transport.h"
 
-static const int64_t largest_message = 60 << 10; /* bytes, as the contract says */
 
 typedef struct request {
   struct request *next;    /* among the spare ones */
@@ -133,9 +132,6 @@ static void post(seat *s, const fmoe_message *given, request *r) {
   mailbox *m = s->mail;
   int32_t from = given->receiving ? given->peer : s->rank, to = given->receiving ? s->rank : given->peer;
   message *p = open_end(m, from, to, given->receiving);
-  const int64_t most = m->options.message_bytes ? m->options.message_bytes : 60 << 10;
-  DEMAND(given->size >= 1 && given->size <= most, "rank %d and rank %d: a message of %lld bytes", from, to,
-         (long long)given->size);
   if (given->receiving) {
     p->receiving = r, p->to = given->bytes, p->received_size = given->size, p->received = 1;
   } else {
@@ -208,10 +204,11 @@ static int32_t leave(seat *s, int32_t status) {
 }
 
 static int is_fine(const seat *s, const fmoe_message *given) {
+  const int64_t most = s->mail->options.message_bytes ? s->mail->options.message_bytes : 60 << 10;
   return DEMAND(given->peer >= 0 && given->peer < s->mail->ranks && given->peer != s->rank,
                 "rank %d: a message %s rank %d", s->rank, given->receiving ? "from" : "to", given->peer) &&
          DEMAND(given->receiving == 0 || given->receiving == 1, "rank %d: receiving %d", s->rank, given->receiving) &&
-         DEMAND(given->bytes && given->size >= 1 && given->size <= largest_message,
+         DEMAND(given->bytes && given->size >= 1 && given->size <= most,
                 "rank %d: a message of %lld bytes at %p", s->rank, (long long)given->size, given->bytes);
 }
 

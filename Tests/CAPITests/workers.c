@@ -139,7 +139,7 @@ static void test_unruly_transports(void) {
     shape shape = {.k = 2, .E = 8, .d = small ? 6 : 70, .h = 12, .activation = FMOE_GELU, .balance = 0.1, .z = 0.1};
     const int32_t ranks = small ? 2 : 2 + 2 * (turn % 2);
     const mailbox_options mail = {.seed = seed + (uint64_t)turn, .reorder = turn / 2 % 2, .eager = turn / 4 % 2,
-                                  .message_bytes = turn % 4 == 1 ? 0 : 1024 << turn % 4, .delay_tests = turn % 3 ? 5 : 0,
+                                  .message_bytes = (int64_t[]){1024, 0, 1 << 20, 4160}[(turn + turn / 4) % 4], .delay_tests = turn % 3 ? 5 : 0,
                                   .delay_microseconds = turn % 3 == 1 ? 0 : 150};
     crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = 1, .mail = mail});
     scene at = {.all.s = spread_create(ranks, tokens, turn % 5, shape, seed)};

@@ -78,7 +78,7 @@ final class Calibrator {
       }
     }
   }
-  /// As many as rows of a layer often are, and what some rows are.
+  /// As many as rows of a layer often are, and the least that is worth timing.
   private static let (mostBytes, leastBytes) = (4 << 20, 64 << 10)
 
   /// A message to and from each peer of a level.

@@ -3,7 +3,7 @@ package protocol Transport: AnyObject {
   var rank: Int { get }
   var size: Int { get }
   /// Most bytes of a message in which large volumes go: those that leave at once, not only when the receiver has said that
-  /// it is ready. The same on all ranks.
+  /// it is ready. Whole floats, the same on all ranks.
   var longestMessage: Int { get }
   /// Begins to move one message and returns at once. From one rank to another the i-th sent meets the i-th received.
   ///
