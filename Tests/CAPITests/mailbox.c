@@ -6,7 +6,6 @@
 
 #include "transport.h"
 
-
 typedef struct request {
   struct request *next;    /* among the spare ones */
   struct request *sibling; /* among all */

@@ -135,12 +135,13 @@ static void test_large(void) {
 /* Late, overtaking, and eager messages, a different luck each turn. */
 static void test_unruly_transports(void) {
   static const int64_t tokens[4] = {150, 40, 0, 90};
+  static const int64_t message_bytes[] = {1024, 0, 1 << 20, 4160};
   for (int turn = 0; turn < (small ? 2 : 16); turn++) {
     shape shape = {.k = 2, .E = 8, .d = small ? 6 : 70, .h = 12, .activation = FMOE_GELU, .balance = 0.1, .z = 0.1};
     const int32_t ranks = small ? 2 : 2 + 2 * (turn % 2);
     const mailbox_options mail = {.seed = seed + (uint64_t)turn, .reorder = turn / 2 % 2, .eager = turn / 4 % 2,
-                                  .message_bytes = (int64_t[]){1024, 0, 1 << 20, 4160}[(turn + turn / 4) % 4], .delay_tests = turn % 3 ? 5 : 0,
-                                  .delay_microseconds = turn % 3 == 1 ? 0 : 150};
+                                  .message_bytes = message_bytes[(turn + turn / 4) % 4],
+                                  .delay_tests = turn % 3 ? 5 : 0, .delay_microseconds = turn % 3 == 1 ? 0 : 150};
     crew *c = crew_create((crew_options){.ranks = ranks, .over_mailbox = 1, .mail = mail});
     scene at = {.all.s = spread_create(ranks, tokens, turn % 5, shape, seed)};
     char what[120];

@@ -36,6 +36,7 @@ final class Mailbox: @unchecked Sendable {
   final class Seat: Transport {
     let rank: Int
     let size: Int
+    let longestMessage = Wire.usualPiece
     let box: Mailbox
     private var open: [Message] = []
     init(_ rank: Int, _ size: Int, _ box: Mailbox) { (self.rank, self.size, self.box) = (rank, size, box) }

@@ -13,7 +13,3 @@ package protocol Transport: AnyObject {
   /// Whether the message has moved, which ends the request; it also drives progress.
   func isDone(_ request: UnsafeMutableRawPointer?, peer: Int) throws(Failure) -> Bool
 }
-
-extension Transport {
-  package var longestMessage: Int { Wire.usualPiece }
-}

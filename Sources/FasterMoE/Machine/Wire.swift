@@ -31,11 +31,17 @@ package final class Wire {
   package let piece: Int
   /// What Open MPI sends at once over TCP.
   package static let usualPiece = 60 << 10
-  /// Bytes under way to an only peer, those that several share, and the part of these that each has once or more: less than
-  /// a link moves between two looks makes it wait for the next one, which may take some milliseconds where somebody computes
-  /// on this core; more than a link is quick to move is in the way of what others need first. The same on all ranks,
-  /// whatever each has seen of its links: answers to the one with less would wait behind what the others have sent ahead.
-  private static let (toOne, toSeveral, toEach) = (960 << 10, 480 << 10, 120 << 10)
+  /// Bytes under way to each of so many peers: less than a link moves between two looks makes it wait for the next one, which
+  /// may take some milliseconds where somebody computes on this core; more than a link is quick to move is in the way of what
+  /// others need first. The same on all ranks, whatever each has seen of its links: answers to the one with less would wait
+  /// behind what the others have sent ahead.
+  private static func share(peers: Int) -> Int {
+    switch peers {
+    case ...1: 960 << 10
+    case 2: 240 << 10
+    default: 120 << 10
+    }
+  }
   /// So many more are asked for.
   private static let ahead = 120 << 10
 
@@ -89,9 +95,8 @@ package final class Wire {
     self.transport = transport
     self.timeout = timeout
     piece = transport.longestMessage
-    let share = Wire.toSeveral / max(1, transport.size - 1) / Wire.toEach * Wire.toEach
     // Two pieces, however long they are.
-    window = max(transport.size > 2 ? max(share, Wire.toEach) : Wire.toOne, 2 * piece)
+    window = max(Wire.share(peers: transport.size - 1), 2 * piece)
     places = (window + Wire.ahead + piece - 1) / piece
     underWay = .allocate(capacity: 2 * transport.size)
     underWay.initialize(repeating: 0, count: 2 * transport.size)
